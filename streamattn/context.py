@@ -1,0 +1,338 @@
+"""How a model attends: one step over a StreamCache, or whole sequences in the parallel form.
+
+A model sees `context.attend(layer, q, k, v)` with unrotated q and k, and nothing else of positions or memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from streamattn.cache import LayerState, StreamCache
+from streamattn.kernels import reference as ops
+from streamattn.kernels.reference import KernelState, Partial
+from streamattn.pattern import Pattern, Routes, parallel_attention
+
+
+class AttentionContext(Protocol):
+    """What a model needs to attend."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return [..., Hq, D] for q [..., Hq, D] and k, v [..., Hk, D], unrotated."""
+        ...
+
+
+class Rows(NamedTuple):
+    """Which lanes a step serves: `lanes[i]` gets `lengths[i]` tokens. Tokens are packed lane after lane."""
+
+    lanes: list[int]
+    lengths: list[int]
+
+
+class StreamContext:
+    """One step of some lanes through all layers, and the only writer of a StreamCache.
+
+    Rows of one token decode in place; longer ones attend as chunks. Tokens are packed `[N]`: all one-token rows first.
+    Use once: build it, run the model, then `commit`.
+
+    Args:
+        cache: mutated by `attend`, layer by layer; positions move in `commit`.
+        rows: lanes, each at most once, with their number of tokens; one-token rows first.
+        scale: factor of the logits.
+        phase: added to every rotary position; outputs do not depend on it.
+    """
+
+    def __init__(self, cache: StreamCache, rows: Rows, scale: float, phase: int = 0) -> None:
+        self.cache, self.scale = cache, scale
+        device = cache.device
+        self.num_decode = sum(1 for length in rows.lengths if length == 1)
+        assert all(length == 1 for length in rows.lengths[: self.num_decode]), "one-token rows come first"
+        self.lanes = torch.tensor(rows.lanes, dtype=torch.int64, device=device)
+        self.lengths = torch.tensor(rows.lengths, dtype=torch.int64, device=device)
+        start = cache.position[self.lanes]
+        self._refresh(start)
+        n = self.num_decode
+        self.decode = _DecodePlans(cache, self.lanes[:n], start[:n]) if n else None
+        self.chunk = _ChunkPlans(cache, self.lanes[n:], start[n:], self.lengths[n:]) if len(rows.lanes) > n else None
+        packed = [start[:n]] if self.chunk is None else [start[:n], self.chunk.t[self.chunk.inside]]
+        self.positions = torch.cat(packed)  # [N]
+        acc = ops.accumulator_dtype(cache.dtype)
+        cos, sin = ops.rope_table(self.positions + phase, cache.frequencies, acc)
+        self.cos, self.sin = cos.to(cache.dtype), sin.to(cache.dtype)
+
+    def _refresh(self, start: Tensor) -> None:
+        """Let lanes that begin at position 0 start from expired slots and neutral states."""
+        fresh = self.lanes[start == 0]
+        if len(fresh) == 0:
+            return
+        for layer in self.cache.layers:
+            layer.expire[fresh] = 0
+            if layer.kernel is not None:
+                layer.kernel.log_max[fresh] = -math.inf
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return attention of packed tokens, and write their keys and values: [N, Hq, D].
+
+        Args:
+            layer: index of the layer.
+            q: [N, Hq, D], k, v: [N, Hk, D]; unrotated.
+        """
+        n = self.num_decode
+        q, k = ops.rotate(q, self.cos, self.sin), ops.rotate(k, self.cos, self.sin)
+        outputs = []
+        if self.decode is not None:
+            outputs.append(ops.finish(self.decode.attend(layer, q[:n], k[:n], v[:n], self.scale)))
+        if self.chunk is not None:
+            outputs.append(ops.finish(self.chunk.attend(layer, q[n:], k[n:], v[n:], self.scale)))
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(q.dtype)
+
+    def commit(self) -> None:
+        """Move the positions of the step's lanes past its tokens."""
+        self.cache.position[self.lanes] += self.lengths
+
+
+class _DecodePlan(NamedTuple):
+    """What one step of one-token rows does in every layer of one pattern."""
+
+    source: Tensor  # [B] slot of the key that leaves the window
+    slot: Tensor | None  # [B] long slot that takes it; None: nobody's is taken
+    expire: Tensor
+    to_kernel: Tensor  # [B]
+    ring: Tensor  # [B] slot of the new key; -1 without a window
+    window_seen: Tensor | None  # [B, 1, W]; None: every ring is full
+
+
+class _DecodePlans:
+    """One token of each lane: hand off, append, attend."""
+
+    def __init__(self, cache: StreamCache, lanes: Tensor, position: Tensor) -> None:
+        self.cache, self.lanes, self.position = cache, lanes, position
+        self.rows: Tensor | slice = lanes
+        if len(lanes) == 1 or bool((lanes == torch.arange(len(lanes), device=lanes.device) + lanes[:1]).all()):
+            first = int(lanes[0])
+            self.rows = slice(first, first + len(lanes))  # neighbouring lanes: read in place, without a copy
+        self.plans = {pattern: self._plan(pattern) for pattern in set(cache.patterns)}
+
+    def _plan(self, pattern: Pattern) -> _DecodePlan:
+        t, window = self.position, pattern.window
+        leaving = (t - window).unsqueeze(1)
+        routes = Routes(*(x.squeeze(1) for x in self.cache.route(pattern, leaving, self.lanes)))
+        ring = pattern.long_slots + torch.remainder(t, max(window, 1)) if window else torch.full_like(t, -1)
+        filling = bool((t < window - 1).any())
+        no_slots = self.lanes.new_empty((len(t), 1, 0))
+        return _DecodePlan(
+            ring,  # the key that leaves lies where the new one goes
+            routes.slot if bool((routes.slot >= 0).any()) else None,
+            routes.expire,
+            routes.to_kernel,
+            ring,
+            ops.slot_visibility(t, no_slots, window) if filling else None,
+        )
+
+    def attend(self, layer: int, q: Tensor, k_new: Tensor, v_new: Tensor, scale: float) -> Partial:
+        pattern, state = self.cache.patterns[layer], self.cache.layers[layer]
+        plan = self.plans[pattern]
+        with torch.no_grad():
+            kernel = self._update_kernel(pattern, state, plan, k_new, v_new, scale)
+            self._write(pattern, state, plan, k_new, v_new)
+        visible = self._visible(pattern, state, plan)
+        partials = [ops.attend(q.unsqueeze(1), state.k[self.rows], state.v[self.rows], visible, scale)]
+        partial = Partial(*(x.squeeze(1) for x in partials[0]))
+        if kernel is None:
+            return partial
+        assert state.omega is not None
+        omega = state.omega.repeat_interleave(q.shape[1] // k_new.shape[1], 0)
+        return ops.merge([partial, ops.kernel_read(kernel, ops.log_features(q, omega, scale))])
+
+    def _update_kernel(
+        self, pattern: Pattern, state: LayerState, plan: _DecodePlan, k_new: Tensor, v_new: Tensor, scale: float
+    ) -> KernelState | None:
+        if pattern.kernel is None:
+            return None
+        assert state.kernel is not None
+        assert state.omega is not None
+        k, v = k_new, v_new
+        if pattern.window:
+            k, v = state.k[self.lanes, :, plan.source], state.v[self.lanes, :, plan.source]
+        log_key = ops.log_features(k, state.omega, scale)
+        old = KernelState(*(x[self.lanes] for x in state.kernel))
+        new = ops.kernel_update(old, log_key, v, plan.to_kernel, math.log(pattern.kernel.decay))
+        for target, value in zip(state.kernel, new, strict=True):
+            target[self.lanes] = value
+        return new
+
+    def _write(self, pattern: Pattern, state: LayerState, plan: _DecodePlan, k_new: Tensor, v_new: Tensor) -> None:
+        if pattern.window:
+            if plan.slot is not None:
+                ops.hand_off(state.k, state.v, state.expire, self.lanes, plan.source, plan.slot, plan.expire)
+            ops.append(state.k, state.v, self.lanes, plan.ring, k_new, v_new)
+        elif plan.slot is not None:  # without a window a key is handed on as it arrives
+            ops.append(state.k, state.v, self.lanes, plan.slot, k_new, v_new)
+            taken = plan.slot >= 0
+            state.expire[self.lanes[taken], :, plan.slot[taken]] = plan.expire[taken, None]
+
+    def _visible(self, pattern: Pattern, state: LayerState, plan: _DecodePlan) -> Tensor | None:
+        if not pattern.long_slots:
+            return None if plan.window_seen is None else plan.window_seen.unsqueeze(2)
+        visible = self.position[:, None, None] < state.expire[self.rows]
+        if pattern.window:
+            ring = plan.window_seen
+            if ring is None:
+                if bool(visible.all()):
+                    return None
+                ring = visible.new_ones((len(self.position), 1, pattern.window))
+            visible = torch.cat((visible, ring.expand(-1, visible.shape[1], -1)), dim=-1)
+        return visible.unsqueeze(2)
+
+
+class _ChunkPlan(NamedTuple):
+    """What one step of chunks does in every layer of one pattern. Old keys are `[long | ring | chunk]`."""
+
+    seen: Tensor  # [B, 1, T, W + T] of ring and chunk keys
+    handed: Tensor  # [B, T] index into ring and chunk keys of the key that leaves the window at each step
+    to_kernel: Tensor  # [B, T]
+    slot: Tensor  # [B, W + T] long slot that holds the key after the chunk, or -1
+    expire: Tensor  # [B, W + T]
+    ring: Tensor  # [B, T] slot of each chunk key after the chunk, or -1
+
+
+class _ChunkPlans:
+    """Chunks of one or several lanes, ragged: attend over the old state and the chunk, then commit."""
+
+    def __init__(self, cache: StreamCache, lanes: Tensor, start: Tensor, lengths: Tensor) -> None:
+        self.cache, self.lanes, self.start, self.lengths = cache, lanes, start, lengths
+        self.size = int(lengths.max())
+        steps = torch.arange(self.size, device=lanes.device)
+        self.inside = steps < lengths[:, None]  # [B, T]
+        self.full = bool(self.inside.all())
+        self.t = start[:, None] + steps  # [B, T]
+        self.plans = {pattern: self._plan(pattern) for pattern in set(cache.patterns)}
+
+    def _plan(self, pattern: Pattern) -> _ChunkPlan:
+        window, start = pattern.window, self.start[:, None]
+        ring_slots = torch.arange(window, device=start.device)
+        last = start - 1
+        held = last - torch.remainder(last - ring_slots, max(window, 1))  # [B, W]; negative: nothing yet
+        j = torch.cat((held, torch.where(self.inside, self.t, -1)), dim=1)  # [B, W + T]
+        routes = self.cache.route(pattern, j, self.lanes)
+        seen = (j >= 0).unsqueeze(1) & (j.unsqueeze(1) <= self.t[..., None])
+        seen = seen & (self.t[..., None] < routes.expire.unsqueeze(1))
+        leaving = self.t - window
+        from_ring = torch.remainder(leaving, max(window, 1))
+        handed = torch.where(leaving < start, from_ring, window + leaving - start)
+        end = start + self.lengths[:, None]  # the lane's next position
+        # A key stays in a long slot if it has left the window by the last query and outlives it. Keys that share a
+        # slot expire when the next one takes it, so at most one of them does both.
+        stays = (routes.slot >= 0) & (j >= 0) & (j <= end - 1 - window) & (routes.expire > end - 1)
+        in_ring = self.inside & (self.t >= end - window)
+        ring = pattern.long_slots + torch.remainder(self.t, max(window, 1))
+        return _ChunkPlan(
+            seen.unsqueeze(1),
+            handed.clamp(min=0),
+            torch.gather(routes.to_kernel, 1, handed.clamp(min=0)) & (leaving >= 0) & self.inside,
+            torch.where(stays, routes.slot, -1),
+            routes.expire,
+            torch.where(in_ring, ring, -1) if window else torch.full_like(ring, -1),
+        )
+
+    def attend(self, layer: int, q: Tensor, k_new: Tensor, v_new: Tensor, scale: float) -> Partial:
+        pattern, state = self.cache.patterns[layer], self.cache.layers[layer]
+        plan = self.plans[pattern]
+        q, k_new, v_new = self._pad(q), self._pad(k_new), self._pad(v_new)
+        P = pattern.long_slots
+        # Copies, so that the commit below disturbs neither this attention nor a later backward pass through it.
+        k = torch.cat((state.k[self.lanes], k_new.transpose(1, 2).to(state.k.dtype)), dim=2)
+        v = torch.cat((state.v[self.lanes], v_new.transpose(1, 2).to(state.v.dtype)), dim=2)
+        visible = plan.seen.expand(-1, k.shape[1], -1, -1)
+        if P:
+            long = self.t[:, None, :, None] < state.expire[self.lanes].unsqueeze(2)
+            visible = torch.cat((long, visible), dim=-1)
+        visible = visible & self.inside[:, None, :, None]
+        partials = [ops.attend(q, k, v, visible, scale)]
+        if pattern.kernel is not None:
+            partials.append(self._scan_kernel(pattern, state, plan, q, k[:, :, P:], v[:, :, P:], scale))
+        with torch.no_grad():
+            self._commit(pattern, state, plan, k[:, :, P:].detach(), v[:, :, P:].detach())
+        return Partial(*(self._unpad(x) for x in ops.merge(partials)))
+
+    def _scan_kernel(
+        self, pattern: Pattern, state: LayerState, plan: _ChunkPlan, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> Partial:
+        assert pattern.kernel is not None
+        assert state.kernel is not None
+        assert state.omega is not None
+        log_decay = math.log(pattern.kernel.decay)
+        log_query = ops.log_features(q, state.omega.repeat_interleave(q.shape[2] // k.shape[1], 0), scale)
+        index = plan.handed[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        keys, values = k.gather(2, index).transpose(1, 2), v.gather(2, index).transpose(1, 2)  # [B, T, Hk, D]
+        log_key = ops.log_features(keys, state.omega, scale)
+        rows = KernelState(*(x[self.lanes] for x in state.kernel))
+        reads = []
+        for step in range(self.size):
+            moved = ops.kernel_update(rows, log_key[:, step], values[:, step], plan.to_kernel[:, step], log_decay)
+            inside = self.inside[:, step, None, None]
+            rows = KernelState(
+                torch.where(inside, moved.log_max, rows.log_max),
+                torch.where(inside.unsqueeze(-1), moved.values, rows.values),
+                torch.where(inside, moved.weights, rows.weights),
+            )
+            reads.append(ops.kernel_read(rows, log_query[:, step]))
+        with torch.no_grad():
+            for target, value in zip(state.kernel, rows, strict=True):
+                target[self.lanes] = value.detach()
+        return Partial(*(torch.stack(parts, dim=1) for parts in zip(*reads, strict=True)))
+
+    def _commit(self, pattern: Pattern, state: LayerState, plan: _ChunkPlan, k: Tensor, v: Tensor) -> None:
+        lane, index = (plan.slot >= 0).nonzero(as_tuple=True)
+        rows, slot = self.lanes[lane], plan.slot[lane, index]
+        state.k[rows, :, slot] = k[lane, :, index]
+        state.v[rows, :, slot] = v[lane, :, index]
+        state.expire[rows, :, slot] = plan.expire[lane, index].unsqueeze(1)
+        lane, step = (plan.ring >= 0).nonzero(as_tuple=True)
+        rows, slot = self.lanes[lane], plan.ring[lane, step]
+        state.k[rows, :, slot] = k[lane, :, pattern.window + step]
+        state.v[rows, :, slot] = v[lane, :, pattern.window + step]
+
+    def _pad(self, x: Tensor) -> Tensor:
+        if self.full:
+            return x.view(len(self.lanes), self.size, *x.shape[1:])
+        padded = x.new_zeros((len(self.lanes), self.size, *x.shape[1:]))
+        padded[self.inside] = x
+        return padded
+
+    def _unpad(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1) if self.full else x[self.inside]
+
+
+class ParallelContext:
+    """Whole sequences of `tokens` from position 0 without a cache: the parallel form, [B, N] tokens."""
+
+    def __init__(
+        self,
+        patterns: Sequence[Pattern],
+        tokens: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        rope_theta: float,
+        scale: float,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.patterns, self.scale = tuple(patterns), scale
+        positions = torch.arange(tokens, device=device)
+        frequencies = ops.rope_frequencies(head_dim, rope_theta).to(device)
+        cos, sin = ops.rope_table(positions, frequencies, ops.accumulator_dtype(dtype))
+        self.cos, self.sin = cos.to(dtype), sin.to(dtype)
+        self.omegas = [
+            p.kernel.omega(layer, kv_heads, head_dim).to(device) if p.kernel else None
+            for layer, p in enumerate(patterns)
+        ]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return attention of [B, N, Hq, D] queries; q, k, v unrotated."""
+        q, k = ops.rotate(q, self.cos, self.sin), ops.rotate(k, self.cos, self.sin)
+        return parallel_attention(self.patterns[layer], q, k, v, self.scale, self.omegas[layer])
