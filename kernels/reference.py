@@ -9,7 +9,7 @@ slot holds, it is read only if its position and expiry say so: memory never need
 
 Attention is returned as a partial `(maximum, numerator, denominator)`, relative to `exp(maximum)`; `merge` joins the
 partials of disjoint key sets into one softmax, `finish` divides. Sums and softmax are float32, or float64 for float64
-inputs. Natural logarithms throughout.
+inputs. Natural logarithms throughout. Maxima only guard against overflow and cancel, so gradients do not pass them.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float
         logits = logits.view(B, Hk, -1, T, k.shape[2]).masked_fill(~visible.unsqueeze(2), -math.inf).flatten(2, 3)
         seen = visible.any(dim=-2).unsqueeze(-1)  # [B, Hk, N, 1]
         v = torch.where(seen, v, 0.0)
-    maximum = logits.amax(-1, keepdim=True)
+    maximum = logits.detach().amax(-1, keepdim=True)
     weights = torch.exp(logits - torch.where(maximum.isinf(), 0.0, maximum))
     numerator = (weights.to(v.dtype) @ v).to(acc)
     denominator = weights.sum(-1, keepdim=True)
@@ -274,7 +274,7 @@ def kernel_update(state: KernelState, log_key: Tensor, value: Tensor, taken: Ten
     add = taken[:, None, None]
     decayed = state.log_max + log_decay
     log_key = torch.where(add, log_key, -math.inf)
-    log_max = torch.maximum(decayed, log_key)
+    log_max = torch.maximum(decayed, log_key.detach())
     safe = torch.where(log_max.isinf(), 0.0, log_max)
     fresh = state.log_max.isinf()  # the sums hold nothing yet
     keep = torch.exp(decayed - safe)
@@ -298,7 +298,7 @@ def kernel_read(state: KernelState, log_query: Tensor) -> Partial:
     B, Hq, M = log_query.shape
     Hk = state.log_max.shape[1]
     logits = log_query.view(B, Hk, Hq // Hk, M) + state.log_max.unsqueeze(2)
-    maximum = logits.amax(-1, keepdim=True)
+    maximum = logits.detach().amax(-1, keepdim=True)
     empty = maximum.isinf()
     weights = torch.exp(logits - torch.where(empty, 0.0, maximum))
     fresh = state.log_max.isinf()

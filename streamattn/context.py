@@ -56,13 +56,11 @@ class StreamContext:
         start = cache.position[self.lanes]
         self._refresh(start)
         n = self.num_decode
-        self.decode = _DecodePlans(cache, self.lanes[:n], start[:n]) if n else None
-        self.chunk = _ChunkPlans(cache, self.lanes[n:], start[n:], self.lengths[n:]) if len(rows.lanes) > n else None
-        packed = [start[:n]] if self.chunk is None else [start[:n], self.chunk.t[self.chunk.inside]]
-        self.positions = torch.cat(packed)  # [N]
-        acc = ops.accumulator_dtype(cache.dtype)
-        cos, sin = ops.rope_table(self.positions + phase, cache.frequencies, acc)
-        self.cos, self.sin = cos.to(cache.dtype), sin.to(cache.dtype)
+        rope = _Rope(cache, phase)
+        self.decode = _DecodePlans(cache, rope, self.lanes[:n], start[:n]) if n else None
+        self.chunk = None
+        if len(rows.lanes) > n:
+            self.chunk = _ChunkPlans(cache, rope, self.lanes[n:], start[n:], self.lengths[n:])
 
     def _refresh(self, start: Tensor) -> None:
         """Let lanes that begin at position 0 start from expired slots and neutral states."""
@@ -82,7 +80,6 @@ class StreamContext:
             q: [N, Hq, D], k, v: [N, Hk, D]; unrotated.
         """
         n = self.num_decode
-        q, k = ops.rotate(q, self.cos, self.sin), ops.rotate(k, self.cos, self.sin)
         outputs = []
         if self.decode is not None:
             outputs.append(ops.finish(self.decode.attend(layer, q[:n], k[:n], v[:n], self.scale)))
@@ -95,6 +92,17 @@ class StreamContext:
         self.cache.position[self.lanes] += self.lengths
 
 
+class _Rope:
+    """Cosine and sine tables of one step."""
+
+    def __init__(self, cache: StreamCache, phase: int) -> None:
+        self.frequencies, self.dtype, self.phase = cache.frequencies, cache.dtype, phase
+
+    def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = ops.rope_table(positions + self.phase, self.frequencies, ops.accumulator_dtype(self.dtype))
+        return cos.to(self.dtype), sin.to(self.dtype)
+
+
 class _DecodePlan(NamedTuple):
     """What one step of one-token rows does in every layer of one pattern."""
 
@@ -104,13 +112,15 @@ class _DecodePlan(NamedTuple):
     to_kernel: Tensor  # [B]
     ring: Tensor  # [B] slot of the new key; -1 without a window
     window_seen: Tensor | None  # [B, 1, W]; None: every ring is full
+    undo: tuple[Tensor, Tensor] | None  # cos, -sin of the position that leaves, where a Kernel part wants its key
 
 
 class _DecodePlans:
     """One token of each lane: hand off, append, attend."""
 
-    def __init__(self, cache: StreamCache, lanes: Tensor, position: Tensor) -> None:
-        self.cache, self.lanes, self.position = cache, lanes, position
+    def __init__(self, cache: StreamCache, rope: _Rope, lanes: Tensor, position: Tensor) -> None:
+        self.cache, self.rope, self.lanes, self.position = cache, rope, lanes, position
+        self.cos, self.sin = rope.table(position)
         self.rows: Tensor | slice = lanes
         if len(lanes) == 1 or bool((lanes == torch.arange(len(lanes), device=lanes.device) + lanes[:1]).all()):
             first = int(lanes[0])
@@ -124,6 +134,10 @@ class _DecodePlans:
         ring = pattern.long_slots + torch.remainder(t, max(window, 1)) if window else torch.full_like(t, -1)
         filling = bool((t < window - 1).any())
         no_slots = self.lanes.new_empty((len(t), 1, 0))
+        undo = None
+        if pattern.kernel is not None and window:
+            cos, sin = self.rope.table(t - window)
+            undo = cos, -sin
         return _DecodePlan(
             ring,  # the key that leaves lies where the new one goes
             routes.slot if bool((routes.slot >= 0).any()) else None,
@@ -131,6 +145,7 @@ class _DecodePlans:
             routes.to_kernel,
             ring,
             ops.slot_visibility(t, no_slots, window) if filling else None,
+            undo,
         )
 
     def attend(self, layer: int, q: Tensor, k_new: Tensor, v_new: Tensor, scale: float) -> Partial:
@@ -138,10 +153,11 @@ class _DecodePlans:
         plan = self.plans[pattern]
         with torch.no_grad():
             kernel = self._update_kernel(pattern, state, plan, k_new, v_new, scale)
-            self._write(pattern, state, plan, k_new, v_new)
+            self._write(pattern, state, plan, ops.rotate(k_new, self.cos, self.sin), v_new)
         visible = self._visible(pattern, state, plan)
-        partials = [ops.attend(q.unsqueeze(1), state.k[self.rows], state.v[self.rows], visible, scale)]
-        partial = Partial(*(x.squeeze(1) for x in partials[0]))
+        rotated = ops.rotate(q, self.cos, self.sin).unsqueeze(1)
+        partial = ops.attend(rotated, state.k[self.rows], state.v[self.rows], visible, scale)
+        partial = Partial(*(x.squeeze(1) for x in partial))
         if kernel is None:
             return partial
         assert state.omega is not None
@@ -156,8 +172,9 @@ class _DecodePlans:
         assert state.kernel is not None
         assert state.omega is not None
         k, v = k_new, v_new
-        if pattern.window:
+        if plan.undo is not None:
             k, v = state.k[self.lanes, :, plan.source], state.v[self.lanes, :, plan.source]
+            k = ops.rotate(k, *plan.undo)
         log_key = ops.log_features(k, state.omega, scale)
         old = KernelState(*(x[self.lanes] for x in state.kernel))
         new = ops.kernel_update(old, log_key, v, plan.to_kernel, math.log(pattern.kernel.decay))
@@ -203,13 +220,14 @@ class _ChunkPlan(NamedTuple):
 class _ChunkPlans:
     """Chunks of one or several lanes, ragged: attend over the old state and the chunk, then commit."""
 
-    def __init__(self, cache: StreamCache, lanes: Tensor, start: Tensor, lengths: Tensor) -> None:
-        self.cache, self.lanes, self.start, self.lengths = cache, lanes, start, lengths
+    def __init__(self, cache: StreamCache, rope: _Rope, lanes: Tensor, start: Tensor, lengths: Tensor) -> None:
+        self.cache, self.rope, self.lanes, self.start, self.lengths = cache, rope, lanes, start, lengths
         self.size = int(lengths.max())
         steps = torch.arange(self.size, device=lanes.device)
         self.inside = steps < lengths[:, None]  # [B, T]
         self.full = bool(self.inside.all())
         self.t = start[:, None] + steps  # [B, T]
+        self.cos, self.sin = rope.table(self.t)  # [B, T, D / 2]
         self.plans = {pattern: self._plan(pattern) for pattern in set(cache.patterns)}
 
     def _plan(self, pattern: Pattern) -> _ChunkPlan:
@@ -243,6 +261,7 @@ class _ChunkPlans:
         pattern, state = self.cache.patterns[layer], self.cache.layers[layer]
         plan = self.plans[pattern]
         q, k_new, v_new = self._pad(q), self._pad(k_new), self._pad(v_new)
+        k_new = ops.rotate(k_new, self.cos, self.sin)
         P = pattern.long_slots
         # Copies, so that the commit below disturbs neither this attention nor a later backward pass through it.
         k = torch.cat((state.k[self.lanes], k_new.transpose(1, 2).to(state.k.dtype)), dim=2)
@@ -252,7 +271,7 @@ class _ChunkPlans:
             long = self.t[:, None, :, None] < state.expire[self.lanes].unsqueeze(2)
             visible = torch.cat((long, visible), dim=-1)
         visible = visible & self.inside[:, None, :, None]
-        partials = [ops.attend(q, k, v, visible, scale)]
+        partials = [ops.attend(ops.rotate(q, self.cos, self.sin), k, v, visible, scale)]
         if pattern.kernel is not None:
             partials.append(self._scan_kernel(pattern, state, plan, q, k[:, :, P:], v[:, :, P:], scale))
         with torch.no_grad():
@@ -269,7 +288,8 @@ class _ChunkPlans:
         log_query = ops.log_features(q, state.omega.repeat_interleave(q.shape[2] // k.shape[1], 0), scale)
         index = plan.handed[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         keys, values = k.gather(2, index).transpose(1, 2), v.gather(2, index).transpose(1, 2)  # [B, T, Hk, D]
-        log_key = ops.log_features(keys, state.omega, scale)
+        cos, sin = self.rope.table(self.t - pattern.window)
+        log_key = ops.log_features(ops.rotate(keys, cos, -sin), state.omega, scale)
         rows = KernelState(*(x[self.lanes] for x in state.kernel))
         reads = []
         for step in range(self.size):
@@ -321,8 +341,9 @@ class ParallelContext:
         rope_theta: float,
         scale: float,
         device: torch.device | str = "cpu",
+        block: int = 128,
     ) -> None:
-        self.patterns, self.scale = tuple(patterns), scale
+        self.patterns, self.scale, self.block = tuple(patterns), scale, block
         positions = torch.arange(tokens, device=device)
         frequencies = ops.rope_frequencies(head_dim, rope_theta).to(device)
         cos, sin = ops.rope_table(positions, frequencies, ops.accumulator_dtype(dtype))
@@ -334,5 +355,6 @@ class ParallelContext:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return attention of [B, N, Hq, D] queries; q, k, v unrotated."""
-        q, k = ops.rotate(q, self.cos, self.sin), ops.rotate(k, self.cos, self.sin)
-        return parallel_attention(self.patterns[layer], q, k, v, self.scale, self.omegas[layer])
+        rotated = ops.rotate(q, self.cos, self.sin), ops.rotate(k, self.cos, self.sin)
+        omega = self.omegas[layer]
+        return parallel_attention(self.patterns[layer], *rotated, v, self.scale, (q, k), omega, self.block)

@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamattn.cache import StreamCache
@@ -133,7 +132,7 @@ class _Block(nn.Module):
         q, k, v = heads.split((c.q_heads, c.kv_heads, c.kv_heads), dim=-2)
         x = x + self.output(context.attend(self.layer, q, k, v).flatten(-2))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        return x + self.down(nn.functional.silu(gate) * up)
 
 
 class StreamTransformer(nn.Module):
@@ -143,6 +142,9 @@ class StreamTransformer(nn.Module):
         config: its shape.
         mean, std: [features] normalisation of the float features, stored with the weights; default 0 and 1.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: ModelConfig, mean: Tensor | None = None, std: Tensor | None = None) -> None:
         super().__init__()

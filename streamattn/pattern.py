@@ -98,7 +98,9 @@ class Kernel:
     """All older tokens in a state of fixed size: Performer's positive orthogonal random features (arXiv 2009.14794).
 
     A key that left the window `n` steps ago counts with `decay ** n`. The features are a function of
-    (seed, layer, key head) and never redrawn. With `decay = 1` the state tends to the mean of the whole past.
+    (seed, layer, key head), never redrawn, and taken of unrotated queries and keys: those of rotated ones estimate the
+    same kernel with an error that changes with the absolute position. With `decay = 1` the state tends to the mean of
+    the whole past.
     """
 
     features: int
@@ -262,7 +264,14 @@ def streaming_llm(window: int, first: int = 4) -> Pattern:
 
 
 def parallel_attention(
-    pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, scale: float, omega: Tensor | None = None, block: int = 128
+    pattern: Pattern,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    unrotated: tuple[Tensor, Tensor] | None = None,
+    omega: Tensor | None = None,
+    block: int = 128,
 ) -> Tensor:
     """Return attention of whole sequences from position 0, without a cache: [B, N, Hq, D].
 
@@ -272,6 +281,7 @@ def parallel_attention(
         q: [B, N, Hq, D], rotated.
         k, v: [B, N, Hk, D], rotated.
         scale: factor of the logits.
+        unrotated: q and k before rotation, and
         omega: [Hk, M, D], if the pattern has a Kernel part.
         block: queries in a block.
     """
@@ -279,7 +289,10 @@ def parallel_attention(
     positions = torch.arange(N, device=q.device)
     routes = pattern.routes(positions)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)  # [B, Hk, N, D]
-    kernel = _ParallelKernel(pattern, q, k, v, routes.to_kernel, scale, omega) if pattern.kernel else None
+    kernel = None
+    if pattern.kernel is not None:
+        assert unrotated is not None, "a Kernel part needs the unrotated queries and keys"
+        kernel = _ParallelKernel(pattern, *unrotated, v, routes.to_kernel, scale, omega)
     alive = positions[:0]
     outputs: list[Tensor] = []
     for start in range(0, N, block):
@@ -305,9 +318,9 @@ class _ParallelKernel:
         self.log_decay = math.log(pattern.kernel.decay)
         group = q.shape[2] // k.shape[2]
         self.log_query = ops.log_features(q, omega.repeat_interleave(group, 0), scale)  # [B, N, Hq, M]
-        log_key = ops.log_features(k, omega, scale)
-        self.log_key = torch.where(taken[:, None, None], log_key, -math.inf).repeat_interleave(group, 2)
-        self.value = v.repeat_interleave(group, 2).to(log_key.dtype)
+        self.taken = taken  # [N]
+        self.log_key = ops.log_features(k, omega, scale).repeat_interleave(group, 2)
+        self.value = v.repeat_interleave(group, 2).to(self.log_key.dtype)
         B, _, Hq, M = self.log_query.shape
         self.log_max = self.log_query.new_full((B, Hq, M), -math.inf)
         self.values = self.log_query.new_zeros((B, Hq, M, v.shape[-1]))
@@ -316,9 +329,10 @@ class _ParallelKernel:
     def block(self, start: int, size: int) -> Partial:
         t = torch.arange(start, start + size, device=self.value.device)
         handed = t - self.window  # the key that joins at each of these steps
-        first = int((handed < 0).sum())
-        handed = handed[first:]
-        age = (t[:, None] - t[None, first:]).to(self.log_query.dtype)  # steps since each joined
+        handed = handed[handed >= 0]
+        handed = handed[self.taken[handed]]
+        joined = handed + self.window
+        age = (t[:, None] - joined).to(self.log_query.dtype)
         query = self.log_query[:, t]  # [B, T, Hq, M]
         key, value = self.log_key[:, handed], self.value[:, handed]
         decayed = (t - start + 1)[:, None, None] * self.log_decay + self.log_max.unsqueeze(1)
@@ -327,18 +341,18 @@ class _ParallelKernel:
             pairs = torch.logsumexp(query.unsqueeze(2) + key.unsqueeze(1), -1)  # [B, T, J, Hq]
             pairs = pairs + age[None, :, :, None] * self.log_decay
             partials.append(self._softmax(pairs.masked_fill((age < 0)[None, :, :, None], -math.inf), value))
-            self._absorb(key, value, (start + size - 1) - t[first:], size)
+        self._absorb(key, value, (start + size - 1) - joined, size)
         return ops.merge(partials)
 
     def _read(self, logits: Tensor) -> Partial:
-        maximum = logits.amax(-1, keepdim=True)
+        maximum = logits.detach().amax(-1, keepdim=True)
         weights = torch.exp(logits - torch.where(maximum.isinf(), 0.0, maximum))
         numerator = torch.einsum("bthm,bhmd->bthd", weights, self.values)
         return Partial(maximum, numerator, torch.einsum("bthm,bhm->bth", weights, self.weights).unsqueeze(-1))
 
     @staticmethod
     def _softmax(pairs: Tensor, value: Tensor) -> Partial:
-        maximum = pairs.amax(2)  # [B, T, Hq]
+        maximum = pairs.detach().amax(2)  # [B, T, Hq]
         weights = torch.exp(pairs - torch.where(maximum.isinf(), 0.0, maximum).unsqueeze(2))
         numerator = torch.einsum("btjh,bjhd->bthd", weights, value)
         return Partial(maximum.unsqueeze(-1), numerator, weights.sum(2).unsqueeze(-1))
@@ -346,7 +360,7 @@ class _ParallelKernel:
     def _absorb(self, key: Tensor, value: Tensor, age: Tensor, size: int) -> None:
         log_key = key + age.to(key.dtype)[:, None, None] * self.log_decay  # [B, J, Hq, M]
         decayed = self.log_max + size * self.log_decay
-        log_max = torch.maximum(decayed, log_key.amax(1))
+        log_max = torch.cat((decayed.unsqueeze(1), log_key.detach()), dim=1).amax(1)
         safe = torch.where(log_max.isinf(), 0.0, log_max)
         keep, gain = torch.exp(decayed - safe), torch.exp(log_key - safe.unsqueeze(1))
         self.values = self.values * keep.unsqueeze(-1) + torch.einsum("bjhm,bjhd->bhmd", gain, value)

@@ -53,12 +53,13 @@ def attention(
     k: np.ndarray,
     v: np.ndarray,
     scale: float,
+    unrotated: tuple[np.ndarray, np.ndarray] | None = None,
     omega: np.ndarray | None = None,
     pins: dict[int, tuple[int, float]] | None = None,
 ) -> np.ndarray:
     """Return softmax attention of one sequence in float64, one query after another: [N, Hq, D].
 
-    q: [N, Hq, D], k, v: [N, Hk, D], already rotated; omega: [Hk, M, D].
+    q: [N, Hq, D], k, v: [N, Hk, D], already rotated; `unrotated` q and k and omega [Hk, M, D] for a Kernel part.
     """
     window = sum(p.size for p in pattern.parts if isinstance(p, Window))
     N, Hq, _ = q.shape
@@ -75,11 +76,11 @@ def attention(
                     values.append(value)
                 elif how == "kernel":
                     assert omega is not None
+                    assert unrotated is not None
                     assert pattern.kernel is not None
-                    decay = pattern.kernel.decay ** (t - j - window)
-                    weights.append(
-                        decay * _features(q[t, h], omega[h // group], scale) @ _features(key, omega[h // group], scale)
-                    )
+                    query = _features(unrotated[0][t, h], omega[h // group], scale)
+                    memory = _features(unrotated[1][j, h // group], omega[h // group], scale)
+                    weights.append(pattern.kernel.decay ** (t - j - window) * float(query @ memory))
                     values.append(value)
             if weights:
                 out[t, h] = np.array(weights) @ np.array(values) / sum(weights)

@@ -64,10 +64,12 @@ def new_cache(
 
 
 def expected(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, layer: int = 0, pins: dict | None = None) -> Tensor:
-    rotated_q = oracle.rotate(q.double().numpy(), THETA)
-    rotated_k = oracle.rotate(k.double().numpy(), THETA)
+    unrotated = q.double().numpy(), k.double().numpy()
+    rotated = [oracle.rotate(x, THETA) for x in unrotated]
     omega = pattern.kernel.omega(layer, HEADS["kv_heads"], HEADS["head_dim"]).numpy() if pattern.kernel else None
-    return torch.from_numpy(oracle.attention(pattern, rotated_q, rotated_k, v.double().numpy(), SCALE, omega, pins))
+    return torch.from_numpy(
+        oracle.attention(pattern, *rotated, v.double().numpy(), SCALE, unrotated, omega, pins)  # type: ignore[call-arg]
+    )
 
 
 def stream(cache: StreamCache, lane: int, q: Tensor, k: Tensor, v: Tensor, sizes: list[int], layer: int = 0) -> Tensor:
@@ -103,8 +105,10 @@ def test_any_chunking_equals_brute_force(dtype: torch.dtype, pattern: Pattern, s
     largest = 4 * max(pattern.window, 4)
     for sizes in ([1] * tokens, [tokens], partition(generator, tokens, largest)):
         check(stream(new_cache([pattern], 1, dtype), 0, q, k, v, sizes), wanted, dtype)
-    context = ParallelContext([pattern], tokens, HEADS["kv_heads"], HEADS["head_dim"], dtype, THETA, SCALE)
-    check(context.attend(0, q[None], k[None], v[None])[0], wanted, dtype)
+    shape = HEADS["kv_heads"], HEADS["head_dim"]
+    for block in (128, 7):
+        context = ParallelContext([pattern], tokens, *shape, dtype, THETA, SCALE, block=block)
+        check(context.attend(0, q[None], k[None], v[None])[0], wanted, dtype)
 
 
 @settings(max_examples=40, deadline=None)
