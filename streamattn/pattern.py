@@ -335,7 +335,8 @@ class _ParallelKernel:
         age = (t[:, None] - joined).to(self.log_query.dtype)
         query = self.log_query[:, t]  # [B, T, Hq, M]
         key, value = self.log_key[:, handed], self.value[:, handed]
-        decayed = (t - start + 1)[:, None, None] * self.log_decay + self.log_max.unsqueeze(1)
+        steps = (t - start + 1).to(query.dtype)[:, None, None]
+        decayed = steps * self.log_decay + self.log_max.unsqueeze(1)
         partials = [self._read(query + decayed)]
         if len(handed):
             pairs = torch.logsumexp(query.unsqueeze(2) + key.unsqueeze(1), -1)  # [B, T, J, Hq]
