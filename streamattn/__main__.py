@@ -1,0 +1,5 @@
+"""`python -m streamattn` is `streamattn`."""
+
+from streamattn.cli import main
+
+main()

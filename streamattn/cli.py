@@ -1,0 +1,324 @@
+"""The command line: `streamattn run | train | eval | replay | demo | env`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from streamattn.config import Endpoint, PolicyConfig, RunConfig, load_config
+from streamattn.errors import ConfigError, StreamattnError
+
+if TYPE_CHECKING:
+    from streamattn.engine import Engine
+    from streamattn.runtime import Runtime, RuntimeStats
+    from streamattn.train import Score
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+errors = Console(stderr=True)
+ModelOption = Annotated[str, typer.Option("--model", help="checkpoint folder, or the name of a shipped model (emini)")]
+TapeOption = Annotated[str, typer.Option("--tape", help="CODEC:PATH, e.g. trades:ticks.csv or trades:emini")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+
+
+def main() -> None:
+    """Run the command line; errors that streamattn raises on purpose become one line and exit code 1, 78 for bad
+    configuration."""
+    try:
+        app()
+    except StreamattnError as error:
+        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(78 if isinstance(error, ConfigError) else 1)
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    model: Annotated[str | None, typer.Option(help="checkpoint folder, or the name of a shipped model")] = None,
+    source: Annotated[list[str] | None, typer.Option(help="URL of a source; may be repeated")] = None,
+    sink: Annotated[list[str] | None, typer.Option(help="URL of a sink; may be repeated")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with the same settings and more")] = None,
+    lanes: Annotated[int | None, typer.Option(help="streams held at once")] = None,
+    stats_file: Annotated[Path | None, typer.Option(help="write counters and latencies here at the end")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="log errors only")] = False,
+) -> None:
+    """Join topics to a model: frames come in from the sources, predictions go out to the sinks, until SIGTERM or ^C."""
+    logging.basicConfig(
+        level=logging.ERROR if quiet else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    settings = _settings(model, source, sink, config, lanes)
+    from streamattn.connectors import open_sink, open_source
+    from streamattn.runtime import Runtime
+
+    engine = _engine(settings)
+    runtime = Runtime(
+        engine,
+        [open_source(endpoint.url) for endpoint in settings.source],
+        [open_sink(endpoint.url) for endpoint in settings.sink],
+        in_flight=settings.in_flight,
+    )
+    before = engine.cache_bytes
+    logging.getLogger("streamattn").info(
+        "serving %s on %d lanes, %d bytes of cache; sources %s; sinks %s",
+        *(settings.model, settings.lanes, before),
+        *([endpoint.url for endpoint in settings.source], [endpoint.url for endpoint in settings.sink]),
+    )
+    stats = asyncio.run(_run_until_stopped(runtime))
+    report = _run_report(engine, stats, before)
+    if stats_file is not None:
+        stats_file.write_text(json.dumps(report, indent=1) + "\n")
+    logging.getLogger("streamattn").info("done: %s", json.dumps(report))
+
+
+def _settings(
+    model: str | None, source: list[str] | None, sink: list[str] | None, config: Path | None, lanes: int | None
+) -> RunConfig:
+    import msgspec
+
+    if config is not None:
+        settings = load_config(config)
+    else:
+        if model is None or not source or not sink:
+            raise ConfigError("run: expected --model, --source and --sink, or --config FILE")
+        settings = RunConfig(model, [], [])
+    changes: dict[str, Any] = {"model": model, "lanes": lanes}
+    changes["source"] = [Endpoint(url) for url in source] if source else None
+    changes["sink"] = [Endpoint(url) for url in sink] if sink else None
+    return msgspec.structs.replace(settings, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _engine(settings: RunConfig) -> Engine:
+    import gc
+
+    import torch
+
+    from streamattn.engine import Engine
+
+    torch.set_num_threads(settings.threads)
+    checkpoint = _load(settings.model)
+    engine = Engine(checkpoint.model, lanes=settings.lanes, policy=_policy(settings.policy), auto_open=True)
+    engine.warmup()
+    gc.collect()
+    gc.freeze()  # what start-up made is not looked at again by every collection
+    return engine
+
+
+def _policy(config: PolicyConfig) -> Any:
+    from streamattn.scheduler import Policy
+
+    values = {name: getattr(config, name) for name in config.__struct_fields__ if name != "deadline_ms"}
+    deadline = None if config.deadline_ms is None else int(config.deadline_ms * 1e6)
+    return Policy(deadline_ns=deadline, **values)
+
+
+def _load(name: str) -> Any:
+    from streamattn.checkpoint import load_checkpoint, shipped_model
+
+    shipped = shipped_model(name)
+    return load_checkpoint(shipped if "/" not in name and shipped.is_dir() and not Path(name).is_dir() else name)
+
+
+async def _run_until_stopped(runtime: Runtime) -> RuntimeStats:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, runtime.stop)
+    return await runtime.run()
+
+
+def _run_report(engine: Engine, stats: RuntimeStats, cache_bytes_start: int) -> dict[str, Any]:
+    return {
+        "results": stats.results,
+        "events": stats.events,
+        "faults": stats.faults,
+        "dropped": dict(stats.dropped),
+        "latency_us": stats.latency.to_dict(),
+        "counters": engine.scheduler.counters.to_dict(),
+        "cache_bytes_start": cache_bytes_start,
+        "cache_bytes_end": engine.cache_bytes,
+    }
+
+
+@app.command()
+def replay(
+    recording: Annotated[Path, typer.Argument(help="file written by a file:// sink")],
+    sink: Annotated[list[str], typer.Option(help="URL of a sink; may be repeated")],
+    speed: Annotated[
+        str, typer.Option(help="1 = as recorded, 10 = ten times as fast, inf = as fast as possible")
+    ] = "1",
+) -> None:
+    """Send a recorded file of frames to sinks again."""
+    from streamattn.connectors import open_sink, open_source
+
+    async def copy() -> int:
+        count = 0
+        async with contextlib.AsyncExitStack() as stack:
+            sinks = [await stack.enter_async_context(open_sink(url)) for url in sink]
+            source = await stack.enter_async_context(open_source(f"file://{recording.absolute()}?speed={speed}"))
+            async for deliveries in source.frames():
+                for delivery in deliveries:
+                    for target in sinks:
+                        await target.send(delivery.message)
+                    delivery.acknowledge()
+                    count += 1
+        return count
+
+    count = asyncio.run(copy())
+    errors.print(f"sent {count} messages")
+
+
+# --- train, eval -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    tape: Annotated[list[str], typer.Option("--tape", help="CODEC:PATH; may be repeated")],
+    out: Annotated[Path, typer.Option(help="folder of the checkpoint")],
+    fraction: Annotated[float, typer.Option(help="of each tape that is trained on, from its start")] = 0.8,
+    layers: int = 2,
+    width: int = 48,
+    window: int = 64,
+    first: Annotated[int, typer.Option(help="first tokens of a stream that stay visible")] = 4,
+    epochs: int = 12,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+) -> None:
+    """Fit a small model to recorded tapes and write a checkpoint. Deterministic for a seed and a version of PyTorch."""
+    import torch
+
+    from streamattn.checkpoint import save_checkpoint
+    from streamattn.tape import load_tape
+    from streamattn.train import TrainOptions
+    from streamattn.train import train as fit
+
+    torch.set_num_threads(1)  # small matrices: more threads are slower, and change the order of sums
+    options = TrainOptions(
+        fraction=fraction, layers=layers, width=width, window=window, first=first, epochs=epochs,
+        learning_rate=learning_rate, seed=seed,
+    )  # fmt: skip
+    tapes = {spec: load_tape(spec) for spec in tape}
+    with _progress("training") as progress:
+        checkpoint = fit(tapes, options, progress)
+    save_checkpoint(checkpoint, out)
+    bits = checkpoint.training["validation_bits"]
+    size = sum(parameter.numel() for parameter in checkpoint.model.parameters())
+    errors.print(f"wrote {out}: {size:,} parameters, {bits:.4f} bits per event on validation")
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelOption,
+    tape: TapeOption,
+    json_output: JsonOption = False,
+    start: Annotated[int | None, typer.Option(help="first event; default: what follows the trained part")] = None,
+    stop: Annotated[int | None, typer.Option(help="event after the last; default: the tape's end")] = None,
+    allow_overlap: Annotated[bool, typer.Option(help="score events that were trained on, too")] = False,
+) -> None:
+    """Score a model on a tape through the streaming engine, beside the parallel form and an online n-gram."""
+    import torch
+
+    from streamattn.tape import load_tape
+    from streamattn.train import evaluate as score
+
+    torch.set_num_threads(1)
+    checkpoint = _load(model)
+    loaded = load_tape(tape)
+    with contextlib.nullcontext() if json_output else _progress("scoring") as progress:
+        found = score(checkpoint, loaded, start=start, stop=stop, allow_overlap=allow_overlap, progress=progress)
+    if json_output:
+        typer.echo(json.dumps(asdict(found)))
+    else:
+        _show_score(found)
+
+
+def _show_score(score: Score) -> None:
+    table = Table(title=f"{score.events:,} events, {score.start} to {score.stop}", show_header=False)
+    table.add_row("streaming engine", f"{score.bits_per_event:.4f} bits per event")
+    table.add_row("parallel form", f"{score.parallel_bits_per_event:.4f}")
+    table.add_row(f"online n-gram (order {score.ngram_order})", f"{score.ngram_online_bits:.4f}")
+    table.add_row(f"static n-gram (order {score.ngram_order})", f"{score.ngram_static_bits:.4f}")
+    console = Console()
+    console.print(table)
+    for note in score.notes:
+        console.print(note)
+
+
+@contextlib.contextmanager
+def _progress(name: str) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    with Progress(*columns, console=errors) as bar:
+        task = bar.add_task(name, total=None, text="")
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, text=text)
+
+
+# --- demo, env -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for demo.json and demo.png")] = Path("build"),
+    events: Annotated[int, typer.Option(help="events to send in all")] = 50_000,
+    rate: Annotated[float, typer.Option(help="events per second in all")] = 700.0,
+    tape: Annotated[str, typer.Option(help="CODEC:PATH")] = "trades:emini",
+    model: Annotated[str, typer.Option(help="checkpoint folder or name of a shipped model")] = "emini",
+) -> None:
+    """Replay a real tape over ZeroMQ through a running engine, and score its predictions."""
+    from streamattn.demo import run_demo
+
+    numbers = run_demo(tape, events, rate, out, model)
+    latency = numbers["latency_us"]
+    table = Table(title="streamattn demo: next price move of the E-mini S&P 500", show_header=False)
+    for label, value in (
+        ("events", f"{numbers['events']:,} at {numbers['events_per_second']:,.0f} a second"),
+        ("streams", numbers["streams"]),
+        ("drops, gaps", f"{numbers['drops']}, {numbers['gaps']}"),
+        ("bits per event", f"{numbers['bits_per_event']:.4f}"),
+        ("online n-gram", f"{numbers['ngram_bits_per_event']:.4f}"),
+        ("latency from intended send time", ""),
+        ("  p50 / p99", f"{latency['p50'] / 1e3:.2f} / {latency['p99'] / 1e3:.2f} ms"),
+        ("  p99.9 / max", f"{latency['p99_9'] / 1e3:.2f} / {latency['max'] / 1e3:.2f} ms"),
+        ("cache bytes, start and end", f"{numbers['cache_bytes_start']:,} and {numbers['cache_bytes_end']:,}"),
+    ):
+        table.add_row(label, str(value))
+    console = Console()
+    console.print(table)
+    console.print(f"numbers: {out / 'demo.json'}\npicture: {out / 'demo.png'}", highlight=False)
+
+
+@app.command()
+def env(json_output: JsonOption = False) -> None:
+    """Print versions and devices, for bug reports."""
+    import platform
+    from importlib import metadata
+
+    packages = ("streamattn", "torch", "triton", "numpy", "pyzmq", "aiomqtt", "msgspec", "msgpack")
+    found: dict[str, str] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    import torch
+
+    found["threads"] = str(torch.get_num_threads())
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    if json_output:
+        typer.echo(json.dumps(found))
+    else:
+        for name, value in found.items():
+            typer.echo(f"{name:12} {value}")
