@@ -48,11 +48,16 @@ class Plan:
     result_url: str
 
     def segments(self, tape: Tape) -> list[Tape]:
-        """Return the held-out part of the tape as one segment a stream, the same number of events each."""
-        start = int(len(tape) * TRAINED)
-        stride = (len(tape) - start) // STREAMS
-        size = min(-(-self.events // STREAMS), stride)
-        return [tape.slice(start + i * stride, start + i * stride + size) for i in range(STREAMS)]
+        """Return one segment of the held-out part of the tape for each stream, all of the same length."""
+        starts, size = self.ranges(tape)
+        return [tape.slice(start, start + size) for start in starts]
+
+    def ranges(self, tape: Tape) -> tuple[list[int], int]:
+        """Return where the segments start, spread evenly, and their length; they overlap if they must."""
+        first = int(len(tape) * TRAINED)
+        size = min(-(-self.events // STREAMS), len(tape) - first)
+        last = len(tape) - size
+        return [first + (last - first) * i // (STREAMS - 1) for i in range(STREAMS)], size
 
     def schedule(self, segment_events: int) -> np.ndarray:
         """Return the intended sending times [STREAMS, n] in seconds from the start: Poisson arrivals per stream."""
@@ -88,7 +93,7 @@ async def publish(plan: Plan, commands: TextIO, output: TextIO) -> None:
             stream, event = divmod(int(flat), times.shape[1])
             wait = start + times[stream, event] * 1e9 - time.monotonic_ns()
             if wait > 0:
-                time.sleep(wait * 1e-9)  # this process has nothing else to do, and the loop's timers are coarser
+                time.sleep(wait * 1e-9)  # noqa: ASYNC251 -- nothing else runs here, and the loop's timers are coarser
             await sink.send(frames[stream][event])
         _say(output, sent=len(order), seconds=(time.monotonic_ns() - start) / 1e9)
         await asyncio.to_thread(commands.readline)  # stay up until all answers are in
@@ -237,7 +242,7 @@ class _Processes:
             self._expect(self.subscriber, "ready")
             self._tell(self.publisher, "go")
             start_ns = int(self._expect(self.publisher, "start_ns")["start_ns"])
-            total = STREAMS * min(-(-self.plan.events // STREAMS), 10**9)
+            total = STREAMS * -(-self.plan.events // STREAMS)
             progress.update(task, description="replaying", total=total)
             while not (line := self._line(self.subscriber)).get("finished"):
                 progress.update(task, completed=line.get("received", 0))
@@ -301,10 +306,9 @@ def _report(plan: Plan, measured: Measured, out: Path) -> dict[str, Any]:
     latency_us = np.sort((measured.received - intended)[answered]) / 1e3
     # The answer to event i predicts event i + 1 of its stream; the last one of a stream predicts nothing that was sent.
     bits = [event_bits(measured.logits[i, :-1], segment.ids[1:]) for i, segment in enumerate(segments)]
-    start = int(len(tape) * TRAINED)
-    order, online = best_online(tape.ids[:start], tape.ids[start:], num_symbols=len(tape.schema.symbols))
-    stride = (len(tape) - start) // STREAMS
-    rival = [online[i * stride + 1 : i * stride + n] for i in range(STREAMS)]
+    first = int(len(tape) * TRAINED)
+    order, online = best_online(tape.ids[:first], tape.ids[first:], num_symbols=len(tape.schema.symbols))
+    rival = [online[start - first + 1 : start - first + n] for start in plan.ranges(tape)[0]]
     numbers = {
         "events": int(answered.sum()),
         "streams": STREAMS,

@@ -468,7 +468,7 @@ class Delivery:
     called once, from the event loop's thread, and never blocks.
     """
 
-    message: Frame | Control | Heartbeat
+    message: Message
     acknowledge: Callable[[], None] = _nothing
 
 
