@@ -25,7 +25,7 @@ bench: .venv/tape  ## the benchmarks that run on this machine
 	$(BIN)/python benchmarks/bench_catchup.py
 
 model: .venv/tape  ## train the shipped checkpoint again
-	$(BIN)/streamattn train --tape trades:emini --fraction 0.7 --out streamattn/models/emini
+	$(BIN)/streamattn train --tape trades:emini --fraction 0.7 --mirror --out streamattn/models/emini
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

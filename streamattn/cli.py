@@ -194,7 +194,10 @@ def train(
     width: int = 48,
     window: int = 64,
     first: Annotated[int, typer.Option(help="first tokens of a stream that stay visible")] = 4,
-    epochs: int = 12,
+    epochs: int = 8,
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="train on the tapes with up and down exchanged, too")
+    ] = False,
     learning_rate: float = 3e-3,
     seed: int = 0,
 ) -> None:
@@ -208,7 +211,7 @@ def train(
 
     torch.set_num_threads(1)  # small matrices: more threads are slower, and change the order of sums
     options = TrainOptions(
-        fraction=fraction, layers=layers, width=width, window=window, first=first, epochs=epochs,
+        fraction=fraction, layers=layers, width=width, window=window, first=first, epochs=epochs, mirror=mirror,
         learning_rate=learning_rate, seed=seed,
     )  # fmt: skip
     tapes = {spec: load_tape(spec) for spec in tape}

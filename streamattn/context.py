@@ -108,8 +108,8 @@ class _DecodePlan(NamedTuple):
 
     source: Tensor  # [B] slot of the key that leaves the window
     slot: Tensor | None  # [B] long slot that takes it; None: nobody's is taken
-    expire: Tensor
-    to_kernel: Tensor  # [B]
+    expire: Tensor | None  # [B], with `slot`
+    to_kernel: Tensor | None  # [B], for patterns with a Kernel part
     ring: Tensor  # [B] slot of the new key; -1 without a window
     window_seen: Tensor | None  # [B, 1, W]; None: every ring is full
     undo: tuple[Tensor, Tensor] | None  # cos, -sin of the position that leaves, where a Kernel part wants its key
@@ -129,8 +129,11 @@ class _DecodePlans:
 
     def _plan(self, pattern: Pattern) -> _DecodePlan:
         t, window = self.position, pattern.window
-        leaving = (t - window).unsqueeze(1)
-        routes = Routes(*(x.squeeze(1) for x in self.cache.route(pattern, leaving, self.lanes)))
+        slot = expire = to_kernel = None
+        if int(t.min()) - window < pattern.routed_before:
+            leaving = (t - window).unsqueeze(1)
+            slot, expire, to_kernel = (x.squeeze(1) for x in self.cache.route(pattern, leaving, self.lanes))
+            slot = slot if bool((slot >= 0).any()) else None
         ring = pattern.long_slots + torch.remainder(t, max(window, 1)) if window else torch.full_like(t, -1)
         filling = bool((t < window - 1).any())
         no_slots = self.lanes.new_empty((len(t), 1, 0))
@@ -140,9 +143,9 @@ class _DecodePlans:
             undo = cos, -sin
         return _DecodePlan(
             ring,  # the key that leaves lies where the new one goes
-            routes.slot if bool((routes.slot >= 0).any()) else None,
-            routes.expire,
-            routes.to_kernel,
+            slot,
+            expire,
+            to_kernel,
             ring,
             ops.slot_visibility(t, no_slots, window) if filling else None,
             undo,
@@ -177,6 +180,7 @@ class _DecodePlans:
             k = ops.rotate(k, *plan.undo)
         log_key = ops.log_features(k, state.omega, scale)
         old = KernelState(*(x[self.lanes] for x in state.kernel))
+        assert plan.to_kernel is not None
         new = ops.kernel_update(old, log_key, v, plan.to_kernel, math.log(pattern.kernel.decay))
         for target, value in zip(state.kernel, new, strict=True):
             target[self.lanes] = value
@@ -184,10 +188,10 @@ class _DecodePlans:
 
     def _write(self, pattern: Pattern, state: LayerState, plan: _DecodePlan, k_new: Tensor, v_new: Tensor) -> None:
         if pattern.window:
-            if plan.slot is not None:
+            if plan.slot is not None and plan.expire is not None:
                 ops.hand_off(state.k, state.v, state.expire, self.lanes, plan.source, plan.slot, plan.expire)
             ops.append(state.k, state.v, self.lanes, plan.ring, k_new, v_new)
-        elif plan.slot is not None:  # without a window a key is handed on as it arrives
+        elif plan.slot is not None and plan.expire is not None:  # without a window a key is handed on as it arrives
             ops.append(state.k, state.v, self.lanes, plan.slot, k_new, v_new)
             taken = plan.slot >= 0
             state.expire[self.lanes[taken], :, plan.slot[taken]] = plan.expire[taken, None]

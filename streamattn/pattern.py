@@ -156,6 +156,9 @@ class Pattern:
         self.num_pins = next((part.pinned for part in parts if isinstance(part, Global)), 0)
         self.slots = self.long_slots + self.window
         self.first_pinned_slot = self._first_pinned_slot()
+        # Positions from here on are handed on to nothing, whatever happens; most decode steps need not ask `routes`.
+        only_first = self.num_pins == 0 and not any(isinstance(part, Strided | Kernel) for part in parts)
+        self.routed_before = max((p.first for p in parts if isinstance(p, Global)), default=0) if only_first else NEVER
 
     def _first_pinned_slot(self) -> int:
         base = 0

@@ -658,9 +658,9 @@ class Scheduler:
                 line.fed = self._step
             rows.append(row)
         rows.sort(key=_is_long)
-        if len(rows) > 1 or self._last_lane not in (None, rows[0].lane):
+        if len(rows) > 1 or self._last_lane not in (None, rows[-1].lane):
             self._company = self._step
-        self._last_lane = rows[0].lane
+        self._last_lane = rows[-1].lane
         return rows
 
     def _urgency(self, line: _Line) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from streamattn.ngram import best_online, static_bits
 from streamattn.pattern import Global, Pattern, Window
 from streamattn.scheduler import Policy
 from streamattn.scores import event_bits
-from streamattn.tape import Tape, load_tape
+from streamattn.tape import Tape, load_tape, mirrored
 
 HEAD = "next"  # the head that predicts the next event's id
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what to show
@@ -43,6 +43,7 @@ class TrainOptions:
         segments: pieces of the tapes that are walked side by side. chunk: events of each in one step.
         epochs: at most. patience: epochs without a better validation score before it stops.
         learning_rate, weight_decay, warmup_steps, clip: of AdamW with a cosine schedule.
+        mirror: whether to train on every tape with up and down exchanged, too.
         seed: of weights and segment offsets.
     """
 
@@ -56,14 +57,15 @@ class TrainOptions:
     ffn: int = 128
     window: int = 64
     first: int = 4
-    segments: int = 32
+    segments: int = 16
     chunk: int = 128
-    epochs: int = 12
+    epochs: int = 8
     patience: int = 3
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     warmup_steps: int = 50
     clip: float = 1.0
+    mirror: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -97,6 +99,8 @@ def train(tapes: dict[str, Tape], options: TrainOptions, progress: Progress | No
         schema.check_same(tape.schema)
     used = {spec: tape.slice(0, int(len(tape) * options.fraction)) for spec, tape in tapes.items()}
     fitted = [tape.slice(0, int(len(tape) * (1 - options.validation))) for tape in used.values()]
+    if options.mirror:
+        fitted += [mirrored(tape) for tape in fitted]
     held_out = [tape.slice(int(len(tape) * (1 - options.validation)), len(tape)) for tape in used.values()]
     torch.manual_seed(options.seed)
     model = _new_model(fitted, options)
