@@ -14,8 +14,9 @@ from torch import Tensor
 
 from streamattn.cache import LayerState, StreamCache
 from streamattn.kernels import reference as ops
+from streamattn.kernels import ring_decode
 from streamattn.kernels.reference import KernelState, Partial
-from streamattn.pattern import Pattern, Routes, parallel_attention
+from streamattn.pattern import Pattern, parallel_attention
 
 
 class AttentionContext(Protocol):
@@ -156,16 +157,28 @@ class _DecodePlans:
         plan = self.plans[pattern]
         with torch.no_grad():
             kernel = self._update_kernel(pattern, state, plan, k_new, v_new, scale)
-            self._write(pattern, state, plan, ops.rotate(k_new, self.cos, self.sin), v_new)
-        visible = self._visible(pattern, state, plan)
-        rotated = ops.rotate(q, self.cos, self.sin).unsqueeze(1)
-        partial = ops.attend(rotated, state.k[self.rows], state.v[self.rows], visible, scale)
-        partial = Partial(*(x.squeeze(1) for x in partial))
+        if q.is_cuda and pattern.window and not q.requires_grad:  # the fused launch has no gradient
+            partial = self._fused(pattern.window, state, plan, (q, k_new, v_new), scale)
+        else:
+            with torch.no_grad():
+                self._write(pattern, state, plan, ops.rotate(k_new, self.cos, self.sin), v_new)
+            visible = self._visible(pattern, state, plan)
+            rotated = ops.rotate(q, self.cos, self.sin).unsqueeze(1)
+            partial = ops.attend(rotated, state.k[self.rows], state.v[self.rows], visible, scale)
+            partial = Partial(*(x.squeeze(1) for x in partial))
         if kernel is None:
             return partial
         assert state.omega is not None
         omega = state.omega.repeat_interleave(q.shape[1] // k_new.shape[1], 0)
         return ops.merge([partial, ops.kernel_read(kernel, ops.log_features(q, omega, scale))])
+
+    def _fused(
+        self, window: int, state: LayerState, plan: _DecodePlan, new: tuple[Tensor, Tensor, Tensor], scale: float
+    ) -> Partial:
+        if plan.slot is not None and plan.expire is not None:
+            ops.hand_off(state.k, state.v, state.expire, self.lanes, plan.source, plan.slot, plan.expire)
+        slabs = state.k, state.v, state.expire
+        return ring_decode(*new, self.cos, self.sin, *slabs, self.lanes, self.position, window, scale)
 
     def _update_kernel(
         self, pattern: Pattern, state: LayerState, plan: _DecodePlan, k_new: Tensor, v_new: Tensor, scale: float
@@ -210,15 +223,24 @@ class _DecodePlans:
         return visible.unsqueeze(2)
 
 
+class _Writes(NamedTuple):
+    """Which keys are written where after a chunk, one entry a key."""
+
+    lane: Tensor  # row of the call
+    key: Tensor  # index into ring and chunk keys
+    row: Tensor  # row of the slab
+    slot: Tensor
+    expire: Tensor
+
+
 class _ChunkPlan(NamedTuple):
     """What one step of chunks does in every layer of one pattern. Old keys are `[long | ring | chunk]`."""
 
     seen: Tensor  # [B, 1, T, W + T] of ring and chunk keys
-    handed: Tensor  # [B, T] index into ring and chunk keys of the key that leaves the window at each step
-    to_kernel: Tensor  # [B, T]
-    slot: Tensor  # [B, W + T] long slot that holds the key after the chunk, or -1
-    expire: Tensor  # [B, W + T]
-    ring: Tensor  # [B, T] slot of each chunk key after the chunk, or -1
+    long: _Writes | None  # keys that are in a long slot after the chunk and were not before
+    ring: _Writes | None
+    handed: Tensor | None  # [B, T] index into ring and chunk keys of the key that leaves the window at each step
+    to_kernel: Tensor | None  # [B, T]; both for patterns with a Kernel part
 
 
 class _ChunkPlans:
@@ -240,26 +262,42 @@ class _ChunkPlans:
         last = start - 1
         held = last - torch.remainder(last - ring_slots, max(window, 1))  # [B, W]; negative: nothing yet
         j = torch.cat((held, torch.where(self.inside, self.t, -1)), dim=1)  # [B, W + T]
-        routes = self.cache.route(pattern, j, self.lanes)
-        seen = (j >= 0).unsqueeze(1) & (j.unsqueeze(1) <= self.t[..., None])
-        seen = seen & (self.t[..., None] < routes.expire.unsqueeze(1))
-        leaving = self.t - window
-        from_ring = torch.remainder(leaving, max(window, 1))
-        handed = torch.where(leaving < start, from_ring, window + leaving - start)
         end = start + self.lengths[:, None]  # the lane's next position
+        t = self.t[..., None]
+        seen = (j >= 0).unsqueeze(1) & (j.unsqueeze(1) <= t)
+        if int(start.min()) - window >= pattern.routed_before:
+            seen = seen & (t < (j + window).unsqueeze(1))
+            return _ChunkPlan(self._inside(seen), None, self._to_ring(pattern, end), None, None)
+        routes = self.cache.route(pattern, j, self.lanes)
+        seen = seen & (t < routes.expire.unsqueeze(1))
         # A key stays in a long slot if it has left the window by the last query and outlives it. Keys that share a
         # slot expire when the next one takes it, so at most one of them does both.
         stays = (routes.slot >= 0) & (j >= 0) & (j <= end - 1 - window) & (routes.expire > end - 1)
-        in_ring = self.inside & (self.t >= end - window)
-        ring = pattern.long_slots + torch.remainder(self.t, max(window, 1))
-        return _ChunkPlan(
-            seen.unsqueeze(1),
-            handed.clamp(min=0),
-            torch.gather(routes.to_kernel, 1, handed.clamp(min=0)) & (leaving >= 0) & self.inside,
-            torch.where(stays, routes.slot, -1),
-            routes.expire,
-            torch.where(in_ring, ring, -1) if window else torch.full_like(ring, -1),
-        )
+        handed = to_kernel = None
+        if pattern.kernel is not None:
+            leaving = self.t - window
+            from_ring = torch.remainder(leaving, max(window, 1))
+            handed = torch.where(leaving < start, from_ring, window + leaving - start).clamp(min=0)
+            to_kernel = torch.gather(routes.to_kernel, 1, handed) & (leaving >= 0) & self.inside
+        long = self._writes(stays, routes.slot, routes.expire)
+        return _ChunkPlan(self._inside(seen), long, self._to_ring(pattern, end), handed, to_kernel)
+
+    def _inside(self, seen: Tensor) -> Tensor:
+        return (seen if self.full else seen & self.inside[..., None]).unsqueeze(1)
+
+    def _to_ring(self, pattern: Pattern, end: Tensor) -> _Writes | None:
+        if not pattern.window:
+            return None
+        slot = pattern.long_slots + torch.remainder(self.t, pattern.window)
+        writes = self._writes(self.inside & (self.t >= end - pattern.window), slot, slot)
+        assert writes is not None, "a chunk has tokens"
+        return writes._replace(key=writes.key + pattern.window)
+
+    def _writes(self, wanted: Tensor, slot: Tensor, expire: Tensor) -> _Writes | None:
+        lane, key = wanted.nonzero(as_tuple=True)
+        if len(lane) == 0:
+            return None
+        return _Writes(lane, key, self.lanes[lane], slot[lane, key], expire[lane, key])
 
     def attend(self, layer: int, q: Tensor, k_new: Tensor, v_new: Tensor, scale: float) -> Partial:
         pattern, state = self.cache.patterns[layer], self.cache.layers[layer]
@@ -273,13 +311,12 @@ class _ChunkPlans:
         visible = plan.seen.expand(-1, k.shape[1], -1, -1)
         if P:
             long = self.t[:, None, :, None] < state.expire[self.lanes].unsqueeze(2)
-            visible = torch.cat((long, visible), dim=-1)
-        visible = visible & self.inside[:, None, :, None]
+            visible = torch.cat((long if self.full else long & self.inside[:, None, :, None], visible), dim=-1)
         partials = [ops.attend(ops.rotate(q, self.cos, self.sin), k, v, visible, scale)]
         if pattern.kernel is not None:
             partials.append(self._scan_kernel(pattern, state, plan, q, k[:, :, P:], v[:, :, P:], scale))
         with torch.no_grad():
-            self._commit(pattern, state, plan, k[:, :, P:].detach(), v[:, :, P:].detach())
+            self._commit(state, plan, k[:, :, P:].detach(), v[:, :, P:].detach())
         return Partial(*(self._unpad(x) for x in ops.merge(partials)))
 
     def _scan_kernel(
@@ -288,6 +325,8 @@ class _ChunkPlans:
         assert pattern.kernel is not None
         assert state.kernel is not None
         assert state.omega is not None
+        assert plan.handed is not None
+        assert plan.to_kernel is not None
         log_decay = math.log(pattern.kernel.decay)
         log_query = ops.log_features(q, state.omega.repeat_interleave(q.shape[2] // k.shape[1], 0), scale)
         index = plan.handed[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
@@ -310,16 +349,14 @@ class _ChunkPlans:
                 target[self.lanes] = value.detach()
         return Partial(*(torch.stack(parts, dim=1) for parts in zip(*reads, strict=True)))
 
-    def _commit(self, pattern: Pattern, state: LayerState, plan: _ChunkPlan, k: Tensor, v: Tensor) -> None:
-        lane, index = (plan.slot >= 0).nonzero(as_tuple=True)
-        rows, slot = self.lanes[lane], plan.slot[lane, index]
-        state.k[rows, :, slot] = k[lane, :, index]
-        state.v[rows, :, slot] = v[lane, :, index]
-        state.expire[rows, :, slot] = plan.expire[lane, index].unsqueeze(1)
-        lane, step = (plan.ring >= 0).nonzero(as_tuple=True)
-        rows, slot = self.lanes[lane], plan.ring[lane, step]
-        state.k[rows, :, slot] = k[lane, :, pattern.window + step]
-        state.v[rows, :, slot] = v[lane, :, pattern.window + step]
+    @staticmethod
+    def _commit(state: LayerState, plan: _ChunkPlan, k: Tensor, v: Tensor) -> None:
+        if plan.long is not None:
+            state.expire[plan.long.row, :, plan.long.slot] = plan.long.expire.unsqueeze(1)
+        for writes in (plan.long, plan.ring):
+            if writes is not None:
+                state.k[writes.row, :, writes.slot] = k[writes.lane, :, writes.key]
+                state.v[writes.row, :, writes.slot] = v[writes.lane, :, writes.key]
 
     def _pad(self, x: Tensor) -> Tensor:
         if self.full:

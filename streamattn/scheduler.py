@@ -319,6 +319,7 @@ class Scheduler:
         self._expires = self.policy.on_deadline == "expired"
         self._last_lane: int | None = None
         self._company = -COMPANY_BATCHES - 1  # the last batch that served another lane than `_last_lane`
+        self._held_back = False  # the last batch left out rows of more than one token
 
     # --- streams ---
 
@@ -647,6 +648,8 @@ class Scheduler:
         spare = self.policy.step_tokens - len(lines)  # everyone has a token; this is left to deal
         single = [line for line in lines if not _has_two(line)]
         longer = [line for line in lines if _has_two(line)]
+        if self._one_token_rows_alone(single, longer):
+            longer = []
         if len(longer) > 1:  # the same order, but who had more than one token last goes last
             longer.sort(key=lambda line: (_head_deadline(line), line.fed))
         limit = self.policy.max_chunk if alone else self.policy.chunk
@@ -662,6 +665,16 @@ class Scheduler:
             self._company = self._step
         self._last_lane = rows[-1].lane
         return rows
+
+    def _one_token_rows_alone(self, single: list[_Line], longer: list[_Line]) -> bool:
+        """Return whether longer rows wait for one step, so that whoever wants one token does not wait for a chunk.
+
+        Never twice in a row, and never for later deadlines.
+        """
+        self._held_back = bool(single and longer) and not self._held_back
+        if self._held_back:
+            self._held_back = min(map(_head_deadline, longer)) >= min(map(_head_deadline, single))
+        return self._held_back
 
     def _urgency(self, line: _Line) -> tuple[int, int]:
         passed_over = self._step - line.since > self._patience
