@@ -11,9 +11,11 @@ import argparse
 import asyncio
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -223,6 +225,8 @@ class _Processes:
             *("--source", f"zmq+sub://127.0.0.1:{ports[0]}", "--sink", f"zmq+pub://127.0.0.1:{ports[1]}?bind=1"),
             *("--stats-file", str(folder / "engine.json"), "--quiet"),
         ]
+        self.lines: dict[subprocess.Popen[str], queue.Queue[str]] = {}
+        self.readers: list[threading.Thread] = []
         self.engine = self._start("engine", engine)
         self.subscriber = self._start("subscriber", [*role, "subscribe", *options])
         self.publisher = self._start("publisher", [*role, "publish", *options])
@@ -231,7 +235,12 @@ class _Processes:
         with self.logs[name].open("w") as log:
             pipe = subprocess.PIPE
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment)
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment)
+        self.lines[process] = lines = queue.Queue()
+        reader = threading.Thread(target=_read_lines, args=(process.stdout, lines), name=f"demo-{name}", daemon=True)
+        reader.start()
+        self.readers.append(reader)
+        return process
 
     def run(self) -> Measured:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -265,11 +274,18 @@ class _Processes:
         process.stdin.flush()
 
     def _line(self, process: subprocess.Popen[str]) -> dict[str, Any]:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise self._broken()
-        return json.loads(line)
+        """Return what a process said next; notice meanwhile if any of them ends early."""
+        while True:
+            try:
+                line = self.lines[process].get(timeout=0.2)
+            except queue.Empty:
+                failed = [name for name in self.logs if getattr(self, name).poll() not in (None, 0)]
+                if failed:
+                    raise self._broken(failed[0]) from None
+                continue
+            if not line:
+                raise self._broken()
+            return json.loads(line)
 
     def _expect(self, process: subprocess.Popen[str], key: str) -> dict[str, Any]:
         while key not in (line := self._line(process)):
@@ -292,9 +308,17 @@ class _Processes:
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
+            assert process.stdin is not None
+            process.stdin.close()
+        for reader in self.readers:
+            reader.join()
+
+
+def _read_lines(stream: TextIO, lines: queue.Queue[str]) -> None:
+    with stream:
+        for line in stream:
+            lines.put(line)
+    lines.put("")
 
 
 def _report(plan: Plan, measured: Measured, out: Path) -> dict[str, Any]:

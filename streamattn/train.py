@@ -287,7 +287,7 @@ def streaming_bits(
     model: StreamTransformer, tape: Tape, progress: Progress | None = None, frame_events: int = 64
 ) -> np.ndarray:
     """Return the bits of events 1 … N - 1 of a tape pushed through an Engine: [N - 1] float64."""
-    engine = Engine(model, lanes=1, policy=Policy(chunk=frame_events))
+    engine = Engine(model, lanes=1, policy=Policy(chunk=frame_events, max_chunk=max(frame_events, 256)))
     stream = engine.open(tape.name)
     logits = []
     for start in range(0, len(tape), frame_events):
