@@ -21,7 +21,7 @@ from streamattn.context import Rows, StreamContext
 from streamattn.errors import ConfigError, EngineError, FrameError, OverloadError, StreamattnError, StreamError
 from streamattn.frame import GAP, LATE, Answer, Control, Fault, Frame, Heartbeat, Message, Reply, Result
 from streamattn.model import Inputs, StreamTransformer
-from streamattn.scheduler import Admission, Batch, ControlItem, Done, Policy, Row, Scheduler
+from streamattn.scheduler import Admission, Batch, ControlItem, Done, Piece, Policy, Row, Scheduler
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -206,9 +206,9 @@ class Engine:
         pieces = [piece for row in rows for piece in row.pieces]
         ids = features = None
         if self.model.config.vocab:
-            ids = _concatenate([p.entry.frame.ids[p.start : p.stop] for p in pieces])
+            ids = _concatenate([p.entry.frame.ids for p in pieces], pieces)
         if self.model.config.features:
-            features = _concatenate([p.entry.frame.features[p.start : p.stop] for p in pieces])
+            features = _concatenate([p.entry.frame.features for p in pieces], pieces)
         answered, wanted, at = [], [], 0
         for row in rows:
             mine = []
@@ -241,11 +241,11 @@ class Engine:
         self, rows: Sequence[Row], heads: dict[str, np.ndarray], answered: list[list[np.ndarray]]
     ) -> list[str]:
         """File the answers under their frames; return the streams whose answers are not finite."""
-        finite = {name: np.isfinite(value).all(axis=1) for name, value in heads.items()}
+        finite = [np.asarray(np.isfinite(value).all(axis=1)) for value in heads.values()]
         broken = []
         for row, picks in zip(rows, answered, strict=True):
             for piece, pick in zip(row.pieces, picks, strict=True):
-                if not all(ok[pick].all() for ok in finite.values()):
+                if not all(np.all(ok[pick]) for ok in finite):
                     broken.append(row.stream)
                     break
                 part = {name: value[pick] for name, value in heads.items()}
@@ -456,8 +456,10 @@ def _answered(frame: Frame, start: int, stop: int) -> range | tuple[int, ...]:
     return ()
 
 
-def _concatenate(columns: list[Any]) -> np.ndarray:
-    return columns[0] if len(columns) == 1 else np.concatenate(columns)
+def _concatenate(columns: list[np.ndarray | None], pieces: list[Piece]) -> np.ndarray:
+    """Return the pieces' parts of their frames' columns, which `offer` has checked to be there."""
+    parts = [column[p.start : p.stop] for column, p in zip(columns, pieces, strict=True) if column is not None]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _to_numpy(value: Tensor) -> np.ndarray:

@@ -258,7 +258,7 @@ def test_warmup_leaves_no_trace() -> None:
     for engine in (cold, warm):
         engine.open("a")
     answers = [e.streams["a"].push(ids, features).heads["next"] for e in (cold, warm)]
-    np.testing.assert_array_equal(*answers)
+    np.testing.assert_array_equal(answers[0], answers[1])
     with pytest.raises(EngineError, match="warmup: expected no open stream"):
         warm.warmup()
 

@@ -18,6 +18,7 @@ from streamattn.model import Head, Inputs, ModelConfig, StreamTransformer
 from streamattn.pattern import Global, Kernel, Pattern, Strided, Window
 
 VOCAB = 50
+BLOCK_WEIGHTS = ("attention_norm", "qkv", "output", "mlp_norm", "gate_up", "down")
 
 
 def new_model(
@@ -86,7 +87,8 @@ def test_streaming_equals_parallel(name: str, dtype: torch.dtype) -> None:
 def test_equals_mistral_with_its_sliding_window() -> None:
     model = new_model(Pattern(Window(8)), Pattern(Window(8)), dtype=torch.float32)
     shape = hugging_face_shape(model)
-    peer = MistralForCausalLM(MistralConfig(sliding_window=8, attn_implementation="sdpa", **shape)).eval()
+    peer = MistralForCausalLM(MistralConfig(sliding_window=8, **shape)).eval()
+    peer.set_attn_implementation("sdpa")
     copy_weights(model, peer)
     ids = torch.randint(VOCAB, (80,))  # ten windows
     wanted = peer(ids[None]).logits[0]
@@ -100,7 +102,8 @@ def test_equals_mistral_with_its_sliding_window() -> None:
 def test_equals_llama_with_an_explicit_mask(name: str) -> None:
     pattern = PATTERNS[name][-1]
     model = new_model(pattern, pattern, dtype=torch.float32)
-    peer = LlamaForCausalLM(LlamaConfig(attn_implementation="eager", **hugging_face_shape(model))).eval()
+    peer = LlamaForCausalLM(LlamaConfig(**hugging_face_shape(model))).eval()
+    peer.set_attn_implementation("eager")
     copy_weights(model, peer)
     N = 10 * max(pattern.window, 6)
     ids = torch.randint(VOCAB, (N,))
@@ -205,20 +208,25 @@ def hugging_face_shape(model: StreamTransformer) -> dict:
 def copy_weights(model: StreamTransformer, peer: torch.nn.Module) -> None:
     """Give the peer our random weights."""
     c = model.config
-    state = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.final_norm.weight}
-    state["lm_head.weight"] = model.heads["logits"].weight
-    for i, block in enumerate(model.blocks):
+    ours = dict(model.named_parameters())
+    state: dict[str, Tensor] = {
+        "model.embed_tokens.weight": ours["embedding.weight"],
+        "model.norm.weight": ours["final_norm.weight"],
+        "lm_head.weight": ours["heads.logits.weight"],
+    }
+    for i in range(c.layers):
+        block = {name: ours[f"blocks.{i}.{name}.weight"] for name in BLOCK_WEIGHTS}
         prefix = f"model.layers.{i}."
         sizes = [c.q_heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
-        for name, weight in zip("qkv", block.qkv.weight.split(sizes), strict=True):
+        for name, weight in zip("qkv", block["qkv"].split(sizes), strict=True):
             state[f"{prefix}self_attn.{name}_proj.weight"] = weight
-        gate, up = block.gate_up.weight.chunk(2)
+        gate, up = block["gate_up"].chunk(2)
         state |= {
-            f"{prefix}self_attn.o_proj.weight": block.output.weight,
+            f"{prefix}self_attn.o_proj.weight": block["output"],
             f"{prefix}mlp.gate_proj.weight": gate,
             f"{prefix}mlp.up_proj.weight": up,
-            f"{prefix}mlp.down_proj.weight": block.down.weight,
-            f"{prefix}input_layernorm.weight": block.attention_norm.weight,
-            f"{prefix}post_attention_layernorm.weight": block.mlp_norm.weight,
+            f"{prefix}mlp.down_proj.weight": block["down"],
+            f"{prefix}input_layernorm.weight": block["attention_norm"],
+            f"{prefix}post_attention_layernorm.weight": block["mlp_norm"],
         }
     peer.load_state_dict({name: weight.float() for name, weight in state.items()})

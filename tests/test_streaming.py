@@ -151,26 +151,27 @@ def lane_bytes(cache: StreamCache, lane: int) -> list[bytes]:
 def test_the_future_does_not_reach_back(pattern: Pattern, seed: int, tokens: int, data: st.DataObject) -> None:
     q, k, v = random_qkv(seed, tokens, torch.float32)
     cut = data.draw(st.integers(1, tokens - 1))
-    changed = [x.clone() for x in (q, k, v)]
-    for x in changed:
+    other_q, other_k, other_v = (x.clone() for x in (q, k, v))
+    for x in (other_q, other_k, other_v):
         x[cut:] = 1e4 * torch.randn(x[cut:].shape, generator=torch.Generator().manual_seed(seed))
     one_by_one = [1] * tokens
     before = stream(new_cache([pattern], 1, torch.float32), 0, q, k, v, one_by_one)
-    after = stream(new_cache([pattern], 1, torch.float32), 0, *changed, one_by_one)
+    after = stream(new_cache([pattern], 1, torch.float32), 0, other_q, other_k, other_v, one_by_one)
     assert torch.equal(before[:cut], after[:cut])  # the one-token form: bit by bit
-    chunked = stream(new_cache([pattern], 1, torch.float32), 0, *changed, [tokens])
+    chunked = stream(new_cache([pattern], 1, torch.float32), 0, other_q, other_k, other_v, [tokens])
     torch.testing.assert_close(chunked[:cut], before[:cut], rtol=0, atol=TOLERANCE[torch.float32])
 
 
 @settings(max_examples=30, deadline=None)
 @given(pattern=patterns(), seed=st.integers(0, 2**31))
 def test_a_lane_passes_to_another_stream_uncleared(pattern: Pattern, seed: int) -> None:
-    first, second = random_qkv(seed, 45, torch.float64), random_qkv(seed + 1, 45, torch.float64)
+    q, k, v = random_qkv(seed, 45, torch.float64)
     cache = new_cache([pattern], 1, torch.float64)
-    stream(cache, 0, *first, [1] * 25 + [20])
+    stream(cache, 0, q, k, v, [1] * 25 + [20])
     cache.reset(0)
     sizes = partition(np.random.default_rng(seed), 45, 20)
-    check(stream(cache, 0, *second, sizes), expected(pattern, *second), torch.float64)
+    q, k, v = random_qkv(seed + 1, 45, torch.float64)
+    check(stream(cache, 0, q, k, v, sizes), expected(pattern, q, k, v), torch.float64)
 
 
 @settings(max_examples=30, deadline=None)
@@ -182,7 +183,8 @@ def test_rollback_continues_as_if_nothing_had_happened(pattern: Pattern, seed: i
     stream(cache, 1, q[:cut], k[:cut], v[:cut], [1] * cut)
     cache.mark(1, 0)
     before = lane_bytes(cache, 1)
-    stream(cache, 1, *random_qkv(seed + 1, 30, torch.float64), [30])
+    other_q, other_k, other_v = random_qkv(seed + 1, 30, torch.float64)
+    stream(cache, 1, other_q, other_k, other_v, [30])
     cache.pin(1, int(cache.position[1]) - 1)
     cache.rollback(1, 0)
     assert lane_bytes(cache, 1) == before

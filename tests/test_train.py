@@ -52,7 +52,8 @@ def test_the_same_seed_gives_the_same_weights(fitted: tuple[Checkpoint, Tape]) -
     for name, value in checkpoint.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
     other = train({"test:1": tape}, dataclasses.replace(QUICK, seed=1, epochs=1))
-    assert not torch.equal(other.model.blocks[0].qkv.weight, checkpoint.model.blocks[0].qkv.weight)
+    name = "blocks.0.qkv.weight"
+    assert not torch.equal(other.model.get_parameter(name), checkpoint.model.get_parameter(name))
 
 
 def test_an_unseen_tape_is_scored_whole_and_overlap_is_refused(fitted: tuple[Checkpoint, Tape]) -> None:
@@ -84,7 +85,7 @@ def test_progress_is_reported_and_options_are_checked() -> None:
     train({"test:1": tape_of(1)}, dataclasses.replace(QUICK, epochs=1), lambda *args: seen.append(args))
     assert seen[-1][0] <= seen[-1][1]
     assert "bits" in seen[-1][2]
-    with pytest.raises(ConfigError, match="fraction: expected between 0 and 1, found 1.5"):
+    with pytest.raises(ConfigError, match="fraction: expected between 0 and 1"):
         TrainOptions(fraction=1.5)
     with pytest.raises(ConfigError, match="epochs: expected >= 1, found 0"):
         TrainOptions(epochs=0)
