@@ -143,20 +143,22 @@ def test_training_through_chunks_has_the_gradient_of_the_parallel_form() -> None
 
 @torch.inference_mode()
 def test_memory_is_the_same_after_a_million_tokens() -> None:
-    model = new_model(Pattern(Window(32), Global(first=4), Strided(16, 4)), dtype=torch.float32)
+    pattern = Pattern(Window(16), Global(first=2), Strided(8, 3))
+    config = ModelConfig((pattern,), 4, 1, 1, 4, 4, (Head("logits", "logits", 5),), vocab=5)
+    model = StreamTransformer(config)
     cache = model.new_cache(1)
-    storages = {t.untyped_storage().data_ptr() for layer in cache.layers for t in layer.tensors()}
-    ids = torch.randint(VOCAB, (1000,))
-    run(model, Inputs(ids), [1000], cache)
-    after_thousand = cache.allocated_bytes()
-    assert after_thousand == cache.memory_bytes
-    cache.position[0] = 999_000  # as far as the cache can tell, a million minus a thousand tokens have passed
-    for pattern, layer in zip(cache.patterns, cache.layers, strict=True):
-        assert pattern.slots == layer.k.shape[2]
-    run(model, Inputs(ids), [1] * 10 + [990], cache)
-    assert int(cache.position[0]) == 1_000_000
-    assert cache.allocated_bytes() == after_thousand
-    assert storages == {t.untyped_storage().data_ptr() for layer in cache.layers for t in layer.tensors()}
+    ids = torch.randint(5, (250,))
+    sizes: dict[int, int] = {}
+    storages = set()
+    while (taken := int(cache.position[0])) < 1_000_000:
+        context = StreamContext(cache, Rows([0], [len(ids)]), config.scale)
+        model(Inputs(ids), context)
+        context.commit()
+        if taken + len(ids) in (1_000, 10_000, 100_000, 1_000_000):
+            sizes[taken + len(ids)] = cache.allocated_bytes()
+            storages.add(tuple(t.untyped_storage().data_ptr() for layer in cache.layers for t in layer.tensors()))
+    assert sizes == dict.fromkeys((1_000, 10_000, 100_000, 1_000_000), cache.memory_bytes)
+    assert len(storages) == 1
 
 
 def test_inputs_that_do_not_fit_are_named() -> None:
