@@ -377,11 +377,11 @@ def _picture(bits: np.ndarray, rival: np.ndarray, latency_us: np.ndarray, number
     right.set(
         xscale="log", yscale="log", xlabel="µs from intended sending time to receipt", ylabel="events", title="Latency"
     )
-    for name in ("p50", "p99", "p99_9"):
+    styles = (("p50", "solid"), ("p99", "dashed"), ("p99_9", "dotted"))
+    for name, style in styles:
         value = numbers["latency_us"][name]
-        right.axvline(value, color="black", linewidth=0.8, linestyle="--")
-        label = f" {name.replace('_', '.')} {value:,.0f} µs"
-        right.text(value, right.get_ylim()[1], label, rotation=90, va="top", ha="right", fontsize=8)
+        right.axvline(value, color="black", linestyle=style, label=f"{name.replace('_', '.')}: {value / 1e3:,.2f} ms")
+    right.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -133,7 +133,8 @@ class Engine:
         if isinstance(item, Control) and item.op == "open":
             if item.stream not in self.streams:
                 self.open(item.stream)
-            self._outbox.append(Outcome(tag, (Reply(item.stream, item.epoch, item.request, 0),)))
+            position = self.streams[item.stream].position
+            self._outbox.append(Outcome(tag, (Reply(item.stream, item.epoch, item.request, position),)))
             return Admission.ACCEPTED
         return self.scheduler.offer(item, self.clock(), tag)
 
