@@ -109,10 +109,10 @@ class AsyncEngine:
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run a function on the engine's thread between two steps and return its value."""
-        if self._stopping or self._loop is None:
-            raise EngineError("AsyncEngine: is stopped")
-        future: asyncio.Future[T] = self._loop.create_future()
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         with self._wake:
+            if self._stopping or self._thread is None:
+                raise EngineError("AsyncEngine: is stopped")
             self._calls.append((function, future))
             self._wake.notify()
         return await future
@@ -240,6 +240,7 @@ class AsyncStream:
         """Append events and return their answer; arguments and errors as `Stream.push`."""
         clock = self.engine.engine.clock
         frame = new_frame(self.name, self.sequence, ids, features, event_ns, answer, clock(), deadline_ns)
+        self.engine.engine.check_input(frame)  # before it gets a number: a refused frame leaves no gap
         self.sequence += len(frame)
         outcome = await self._await(frame)
         if outcome.reason:
@@ -269,6 +270,8 @@ class AsyncStream:
     async def _command(self, op: Any, value: int = 0) -> int:
         self._request += 1
         outcome = await self._await(Control(self.name, 0, op, self._request, value))
+        if outcome.reason:
+            raise StreamError(self.name, f"{op} was dropped: {outcome.reason}")
         reply = outcome.messages[0]
         assert isinstance(reply, Reply)
         return reply.value

@@ -41,6 +41,9 @@ class Outcome:
 class Engine:
     """Runs one model over many streams.
 
+    PyTorch's number of threads is the program's choice: `torch.set_num_threads(1)` is best for small models on a CPU,
+    where more threads mostly wait for each other.
+
     Args:
         model: the weights; put into evaluation mode.
         lanes: streams held at once.
@@ -126,7 +129,7 @@ class Engine:
             EngineError: the stream is not open.
         """
         if isinstance(item, Frame):
-            self._check_input(item)
+            self.check_input(item)
         opens = isinstance(item, Frame) or (isinstance(item, Control) and item.op == "open")
         if item.stream not in self.streams and self.auto_open and opens:
             self.open(item.stream)
@@ -164,7 +167,12 @@ class Engine:
 
     # --- checks ---
 
-    def _check_input(self, frame: Frame) -> None:
+    def check_input(self, frame: Frame) -> None:
+        """Check that the model can take a frame's ids and features. It may be called from any thread.
+
+        Raises:
+            FrameError: with the code "bad_input".
+        """
         config = self.model.config
         for name, size in (("ids", config.vocab), ("features", config.features)):
             if (getattr(frame, name) is None) == bool(size):
@@ -399,6 +407,8 @@ class Stream:
         outcome = self._await(Control(self.name, 0, op, self._request, value))
         if outcome.error is not None:
             raise outcome.error
+        if outcome.reason:
+            raise StreamError(self.name, f"{op} was dropped: {outcome.reason}")
         reply = outcome.messages[0]
         assert isinstance(reply, Reply)
         return reply.value

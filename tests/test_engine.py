@@ -336,6 +336,20 @@ async def test_async_errors_reach_their_caller() -> None:
         await stream.push(ids, features)
 
 
+async def test_refused_input_leaves_no_gap_and_dropped_commands_say_so() -> None:
+    ids, features = random_events(2)
+    async with AsyncEngine(Engine(small_model())) as running:
+        stream = await running.open("a")
+        await stream.push(ids[:1], features[:1])
+        with pytest.raises(FrameError):
+            await stream.push([99], features[:1])
+        result = await stream.push(ids[1:], features[1:])
+        assert (result.sequence, result.missing, result.flags) == (1, 0, 0)
+        closed, marked = await asyncio.gather(stream.close(), stream.mark(), return_exceptions=True)
+        assert closed is None
+        assert isinstance(marked, EngineError)
+
+
 async def test_leaving_early_stops_the_thread_and_answers_everyone() -> None:
     ids, features = random_events(1)
     outcomes: list[Outcome] = []
