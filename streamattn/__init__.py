@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from streamattn.async_engine import AsyncEngine, AsyncStream
+    from streamattn.batch import Policy
     from streamattn.cache import StreamCache
     from streamattn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, shipped_model
     from streamattn.engine import Engine, Outcome, Stream
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from streamattn.model import Head, Inputs, ModelConfig, StreamTransformer
     from streamattn.pattern import Global, Kernel, Pattern, Strided, Window
     from streamattn.runtime import Runtime
-    from streamattn.scheduler import Policy, Scheduler
+    from streamattn.scheduler import Scheduler
 
 _PLACES = {
     "async_engine": ("AsyncEngine", "AsyncStream"),
@@ -31,7 +32,8 @@ _PLACES = {
     "model": ("Head", "Inputs", "ModelConfig", "StreamTransformer"),
     "pattern": ("Global", "Kernel", "Pattern", "Strided", "Window"),
     "runtime": ("Runtime",),
-    "scheduler": ("Policy", "Scheduler"),
+    "batch": ("Policy",),
+    "scheduler": ("Scheduler",),
 }
 _HOMES = {name: module for module, names in _PLACES.items() for name in names}
 

@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
+from streamattn.batch import Admission
 from streamattn.engine import Engine, Outcome, new_frame
 from streamattn.errors import EngineError, FrameError, OverloadError, StreamattnError, StreamError
 from streamattn.frame import Answer, Control, Fault, Frame, Heartbeat, Reply, Result
-from streamattn.scheduler import Admission
 
 Item = Frame | Control | Heartbeat
 Finished = Callable[[Outcome], None]

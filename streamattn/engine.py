@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamattn.batch import Admission, Batch, ControlItem, Done, Piece, Policy, Row
 from streamattn.context import Rows, StreamContext
 from streamattn.errors import ConfigError, EngineError, FrameError, OverloadError, StreamattnError, StreamError
 from streamattn.frame import GAP, LATE, Answer, Control, Fault, Frame, Heartbeat, Message, Reply, Result
 from streamattn.model import Inputs, StreamTransformer
-from streamattn.scheduler import Admission, Batch, ControlItem, Done, Piece, Policy, Row, Scheduler
+from streamattn.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True, eq=False)
