@@ -40,7 +40,7 @@ model: .venv/tape  ## train the shipped checkpoint again
 # Only the data file of this package is used: its dependencies are old, and none of its code is imported.
 .venv/tape: .venv/ready
 	$(BIN)/python -m pip install --quiet --no-deps '$(TAPE)'
-	$(BIN)/python -c 'from streamattn.tape import load_tape; print(f"tape: {len(load_tape(\"trades:emini\")):,} events, checksum verified")'
+	$(BIN)/python -c 'from streamattn.tape import load_tape; print(len(load_tape("trades:emini")), "events, checksum verified")'
 	touch $@
 
 clean:
