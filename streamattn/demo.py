@@ -346,6 +346,7 @@ def _report(plan: Plan, measured: Measured, out: Path) -> dict[str, Any]:
             name: round(float(np.quantile(latency_us, q)), 1)
             for name, q in (("p50", 0.5), ("p99", 0.99), ("p99_9", 0.999), ("max", 1.0))
         },
+        "engine_latency_us": measured.engine["latency_us"],  # from receipt to the end of the step
         "cache_bytes_start": measured.engine["cache_bytes_start"],
         "cache_bytes_end": measured.engine["cache_bytes_end"],
         "repeats": measured.repeats,
