@@ -55,6 +55,7 @@ class AsyncEngine:
         self._under_way: set[_Ticket] = set()  # touched by the loop only
         self._room = asyncio.Event()
         self._idle = asyncio.Event()
+        self._stopped = asyncio.Event()
 
     # --- life ---
 
@@ -80,12 +81,13 @@ class AsyncEngine:
     async def stop(self) -> None:
         """Stop the thread after the step it is in. Items without an outcome get one with the reason "stopped"."""
         thread = self._thread
-        if thread is None or self._stopping:
+        if thread is None:
             return
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        await asyncio.to_thread(thread.join)
+        await self._stopped.wait()
+        thread.join()  # it has nothing left to do
 
     # --- items ---
 
@@ -143,6 +145,7 @@ class AsyncEngine:
             for _, future in calls:
                 self._post(_set_error, future, error or EngineError("AsyncEngine: is stopped"))
             self._post(self._abandon, error)
+            self._post(self._stopped.set)
 
     def _serve(self) -> None:
         held: dict[str, deque[_Ticket]] = {}  # items of streams whose queue is full, in order
