@@ -1,4 +1,8 @@
-"""The command line: `streamattn run | train | eval | replay | demo | env`."""
+"""Sparse attention on token streams that never end: run a model on live topics, train one, score one.
+
+Exit codes: 0 done, 1 it failed (a transport, a damaged file; trying again may help), 2 wrong usage of the command line,
+78 a configuration or checkpoint that cannot work. The last line on standard error says what and what to do.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,30 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from streamattn.config import Endpoint, PolicyConfig, RunConfig, load_config
-from streamattn.errors import ConfigError, StreamattnError
+from streamattn.config import PolicyConfig, RunConfig, load_config
+from streamattn.errors import CheckpointError, ConfigError, StreamattnError
 
 if TYPE_CHECKING:
+    import torch
+
     from streamattn.engine import Engine
-    from streamattn.runtime import Runtime, RuntimeStats
+    from streamattn.frame import Sink, Source
+    from streamattn.model import ModelConfig
+    from streamattn.runtime import Runtime
     from streamattn.train import Score
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -34,13 +44,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object 
 
 
 def main() -> None:
-    """Run the command line; errors that streamattn raises on purpose become one line and exit code 1, 78 for bad
-    configuration."""
+    """Run the command line; errors that streamattn raises on purpose become one line and an exit code."""
     try:
-        app()
+        app(prog_name="streamattn")
     except StreamattnError as error:
-        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        sys.exit(78 if isinstance(error, ConfigError) else 1)
+        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(78 if isinstance(error, ConfigError | CheckpointError) else 1)
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
@@ -62,45 +71,33 @@ def run(
         format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
     )
-    settings = _settings(model, source, sink, config, lanes)
+    settings = (RunConfig() if config is None else load_config(config)).replaced(model, source, sink, lanes)
+    if stats_file is not None:
+        _check_writable(stats_file, "--stats-file")  # not only at the end of a long run
     from streamattn.connectors import open_sink, open_source
     from streamattn.runtime import Runtime
 
+    sources = [open_source(endpoint.url) for endpoint in settings.source]
+    sinks = [open_sink(endpoint.url) for endpoint in settings.sink]
     engine = _engine(settings)
-    runtime = Runtime(
-        engine,
-        [open_source(endpoint.url) for endpoint in settings.source],
-        [open_sink(endpoint.url) for endpoint in settings.sink],
-        in_flight=settings.in_flight,
-    )
+    runtime = Runtime(engine, sources, sinks, in_flight=settings.in_flight)
     before = engine.cache_bytes
-    logging.getLogger("streamattn").info(
-        "serving %s on %d lanes, %d bytes of cache; sources %s; sinks %s",
-        *(settings.model, settings.lanes, before),
-        *([endpoint.url for endpoint in settings.source], [endpoint.url for endpoint in settings.sink]),
-    )
-    stats = asyncio.run(_run_until_stopped(runtime))
-    report = _run_report(engine, stats, before)
-    if stats_file is not None:
-        stats_file.write_text(json.dumps(report, indent=1) + "\n")
-    logging.getLogger("streamattn").info("done: %s", json.dumps(report))
+    log = logging.getLogger("streamattn")
+    log.info("serving %s on %d lanes with %d bytes of cache", settings.model, settings.lanes, before)
+    try:
+        asyncio.run(_run_until_stopped(runtime))
+    finally:
+        report = _run_report(engine, runtime, before)
+        if stats_file is not None:
+            stats_file.write_text(json.dumps(report, indent=1) + "\n")
+        log.info("done: %s", json.dumps(report))
 
 
-def _settings(
-    model: str | None, source: list[str] | None, sink: list[str] | None, config: Path | None, lanes: int | None
-) -> RunConfig:
-    import msgspec
-
-    if config is not None:
-        settings = load_config(config)
-    else:
-        if model is None or not source or not sink:
-            raise ConfigError("run: expected --model, --source and --sink, or --config FILE")
-        settings = RunConfig(model, [], [])
-    changes: dict[str, Any] = {"model": model, "lanes": lanes}
-    changes["source"] = [Endpoint(url) for url in source] if source else None
-    changes["sink"] = [Endpoint(url) for url in sink] if sink else None
-    return msgspec.structs.replace(settings, **{name: value for name, value in changes.items() if value is not None})
+def _check_writable(path: Path, option: str) -> None:
+    try:
+        path.touch()
+    except OSError as error:
+        raise ConfigError(f"{option}: expected a file that can be written, found {path}: {error.strerror}") from None
 
 
 def _engine(settings: RunConfig) -> Engine:
@@ -111,44 +108,71 @@ def _engine(settings: RunConfig) -> Engine:
     from streamattn.engine import Engine
 
     torch.set_num_threads(settings.threads)
-    checkpoint = _load(settings.model)
-    engine = Engine(checkpoint.model, lanes=settings.lanes, policy=_policy(settings.policy), auto_open=True)
+    assert settings.model is not None
+    policy = _policy(settings.policy)
+    model = _load(settings.model).model
+    _check_memory(settings.lanes + settings.marks, model.config, model.dtype)
+    engine = Engine(model, lanes=settings.lanes, marks=settings.marks, policy=policy, auto_open=True)
     engine.warmup()
     gc.collect()
     gc.freeze()  # what start-up made is not looked at again by every collection
     return engine
 
 
+def _check_memory(rows: int, config: ModelConfig, dtype: torch.dtype) -> None:
+    """Refuse a cache that this machine cannot hold: the system would grant it, and end the process when it fills up."""
+    lane = sum(pattern.memory_bytes(config.kv_heads, config.head_dim, dtype) for pattern in config.patterns)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if rows * lane > memory:
+        raise ConfigError(
+            f"lanes, marks: expected a cache that fits into {memory:,} bytes of memory, found {rows:,} rows of "
+            f"{lane:,} bytes; take fewer, or a model with a smaller window"
+        )
+
+
 def _policy(config: PolicyConfig) -> Any:
     from streamattn.scheduler import Policy
 
     values = {name: getattr(config, name) for name in config.__struct_fields__ if name != "deadline_ms"}
-    deadline = None if config.deadline_ms is None else int(config.deadline_ms * 1e6)
-    return Policy(deadline_ns=deadline, **values)
+    return Policy(deadline_ns=config.deadline_ns, **values)
 
 
 def _load(name: str) -> Any:
     from streamattn.checkpoint import load_checkpoint, shipped_model
 
-    shipped = shipped_model(name)
-    return load_checkpoint(shipped if "/" not in name and shipped.is_dir() and not Path(name).is_dir() else name)
+    if Path(name).is_dir():
+        return load_checkpoint(name)
+    shipped = sorted(folder.name for folder in shipped_model("").iterdir() if folder.is_dir())
+    if name not in shipped:
+        raise CheckpointError(
+            f"model: expected a folder written by `streamattn train --out` or a shipped model ({', '.join(shipped)}), "
+            f"found {name!r}"
+        )
+    return load_checkpoint(shipped_model(name))
 
 
-async def _run_until_stopped(runtime: Runtime) -> RuntimeStats:
+async def _run_until_stopped(runtime: Runtime) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, runtime.stop)
-    return await runtime.run()
+    await runtime.run()
 
 
-def _run_report(engine: Engine, stats: RuntimeStats, cache_bytes_start: int) -> dict[str, Any]:
+def _run_report(engine: Engine, runtime: Runtime, cache_bytes_start: int) -> dict[str, Any]:
+    stats = runtime.stats
     return {
+        "frames": stats.frames,
+        "answered": stats.answered,
+        "dropped": dict(stats.dropped),
+        "ignored": stats.ignored,
         "results": stats.results,
         "events": stats.events,
         "faults": stats.faults,
-        "dropped": dict(stats.dropped),
+        "failed": stats.failed,
         "latency_us": stats.latency.to_dict(),
         "counters": engine.scheduler.counters.to_dict(),
+        "sources": [{"name": source.name, **asdict(source.stats)} for source in runtime.sources],
+        "sinks": [{"name": sink.name, **asdict(sink.stats)} for sink in runtime.sinks],
         "cache_bytes_start": cache_bytes_start,
         "cache_bytes_end": engine.cache_bytes,
     }
@@ -159,27 +183,30 @@ def replay(
     recording: Annotated[Path, typer.Argument(help="file written by a file:// sink")],
     sink: Annotated[list[str], typer.Option(help="URL of a sink; may be repeated")],
     speed: Annotated[
-        str, typer.Option(help="1 = as recorded, 10 = ten times as fast, inf = as fast as possible")
-    ] = "1",
+        float, typer.Option(help="1 = as recorded, 10 = ten times as fast, inf = as fast as possible")
+    ] = 1.0,
 ) -> None:
-    """Send a recorded file of frames to sinks again."""
-    from streamattn.connectors import open_sink, open_source
+    """Send a recorded file of frames to sinks again. A zmq+pub sink loses what its subscribers are too slow or too
+    late for; zmq+push waits for its peer."""
+    from streamattn.connectors import open_sink
+    from streamattn.connectors.files import FileSource
 
-    async def copy() -> int:
-        count = 0
-        async with contextlib.AsyncExitStack() as stack:
-            sinks = [await stack.enter_async_context(open_sink(url)) for url in sink]
-            source = await stack.enter_async_context(open_source(f"file://{recording.absolute()}?speed={speed}"))
-            async for deliveries in source.frames():
-                for delivery in deliveries:
-                    for target in sinks:
-                        await target.send(delivery.message)
-                    delivery.acknowledge()
-                    count += 1
-        return count
+    sinks = [open_sink(url) for url in sink]
+    source = FileSource(recording, speed=speed)
+    asyncio.run(_copy(source, sinks))
+    bad = f", dropped {source.stats.bad_messages} damaged ones" if source.stats.bad_messages else ""
+    errors.print(f"sent {source.stats.messages} messages{bad}", highlight=False)
 
-    count = asyncio.run(copy())
-    errors.print(f"sent {count} messages")
+
+async def _copy(source: Source, sinks: Sequence[Sink]) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        for connector in (*sinks, source):
+            await stack.enter_async_context(connector)
+        async for deliveries in source.frames():
+            for delivery in deliveries:
+                for target in sinks:
+                    await target.send(delivery.message)
+                delivery.acknowledge()
 
 
 # --- train, eval -----------------------------------------------------------------------------------------------------
@@ -199,7 +226,7 @@ def train(
         bool, typer.Option("--mirror", help="train on the tapes with up and down exchanged, too")
     ] = False,
     learning_rate: float = 3e-3,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Fit a small model to recorded tapes and write a checkpoint. Deterministic for a seed and a version of PyTorch."""
     import torch
@@ -215,12 +242,21 @@ def train(
         learning_rate=learning_rate, seed=seed,
     )  # fmt: skip
     tapes = {spec: load_tape(spec) for spec in tape}
+    _check_folder(out)
     with _progress("training") as progress:
         checkpoint = fit(tapes, options, progress)
     save_checkpoint(checkpoint, out)
     bits = checkpoint.training["validation_bits"]
     size = sum(parameter.numel() for parameter in checkpoint.model.parameters())
-    errors.print(f"wrote {out}: {size:,} parameters, {bits:.4f} bits per event on validation")
+    text = f"wrote {out}: {size:,} parameters, {bits:.4f} bits per event on validation"
+    errors.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: expected a folder that can be written, found {path}: {error.strerror}") from None
 
 
 @app.command("eval")
@@ -258,7 +294,7 @@ def _show_score(score: Score) -> None:
     console = Console()
     console.print(table)
     for note in score.notes:
-        console.print(note)
+        console.print(note, markup=False)
 
 
 @contextlib.contextmanager
@@ -276,13 +312,14 @@ def _progress(name: str) -> Iterator[Any]:
 def demo(
     out: Annotated[Path, typer.Option(help="folder for demo.json and demo.png")] = Path("build"),
     events: Annotated[int, typer.Option(help="events to send in all")] = 50_000,
-    rate: Annotated[float, typer.Option(help="events per second in all")] = 700.0,
+    rate: Annotated[float, typer.Option(help="events per second in all")] = 600.0,
     tape: Annotated[str, typer.Option(help="CODEC:PATH")] = "trades:emini",
     model: Annotated[str, typer.Option(help="checkpoint folder or name of a shipped model")] = "emini",
 ) -> None:
     """Replay a real tape over ZeroMQ through a running engine, and score its predictions."""
     from streamattn.demo import run_demo
 
+    _check_folder(out)
     numbers = run_demo(tape, events, rate, out, model)
     latency = numbers["latency_us"]
     table = Table(title="streamattn demo: next price move of the E-mini S&P 500", show_header=False)
@@ -300,7 +337,7 @@ def demo(
         table.add_row(label, str(value))
     console = Console()
     console.print(table)
-    console.print(f"numbers: {out / 'demo.json'}\npicture: {out / 'demo.png'}", highlight=False)
+    console.print(f"numbers: {out / 'demo.json'}\npicture: {out / 'demo.png'}", markup=False, soft_wrap=True)
 
 
 @app.command()
