@@ -131,15 +131,9 @@ class Engine:
         """
         if isinstance(item, Frame):
             self.check_input(item)
-        opens = isinstance(item, Frame) or (isinstance(item, Control) and item.op == "open")
-        if item.stream not in self.streams and self.auto_open and opens:
+        asked = isinstance(item, Control) and item.op == "open"
+        if item.stream not in self.streams and (asked or (self.auto_open and isinstance(item, Frame))):
             self.open(item.stream)
-        if isinstance(item, Control) and item.op == "open":
-            if item.stream not in self.streams:
-                self.open(item.stream)
-            position = self.streams[item.stream].position
-            self._outbox.append(Outcome(tag, (Reply(item.stream, item.epoch, item.request, position),)))
-            return Admission.ACCEPTED
         return self.scheduler.offer(item, self.clock(), tag)
 
     def step(self) -> list[Outcome]:
@@ -147,10 +141,27 @@ class Engine:
         batch = self.scheduler.next_batch(self.clock())
         if batch is not None:
             self._outbox.extend(self._run(batch))
-        self._outbox.extend(Outcome(drop.tag, reason=drop.reason) for drop in self.scheduler.take_dropped())
+        self._take_dropped()
         outcomes = list(self._outbox)
         self._outbox.clear()
         return outcomes
+
+    def _take_dropped(self) -> None:
+        reopened: set[str] = set()
+        for drop in self.scheduler.take_dropped():
+            item = drop.item
+            if drop.reason == "closed" and isinstance(item, Control) and item.op == "open":
+                reopened.add(item.stream)
+            if item.stream in reopened and self._offered_again(item, drop.tag):
+                continue
+            self._outbox.append(Outcome(drop.tag, reason=drop.reason))
+
+    def _offered_again(self, item: Frame | Control, tag: object) -> bool:
+        """What came behind an `open` that waited behind a `close` belongs to the stream opened anew."""
+        try:
+            return self.offer(item, tag) is Admission.ACCEPTED
+        except StreamattnError:
+            return False
 
     def hand_back(self, outcomes: Sequence[Outcome]) -> None:
         """Put outcomes that belong to someone else before those of the next `step`."""
@@ -239,7 +250,7 @@ class Engine:
         device = self.model.device
         inputs = Inputs(
             None if ids is None else torch.from_numpy(ids.astype(np.int64)).to(device),
-            None if features is None else torch.from_numpy(np.ascontiguousarray(features, np.float32)).to(device),
+            None if features is None else torch.from_numpy(np.require(features, np.float32, ["C", "W"])).to(device),
         )
         context = StreamContext(self.cache, rows, self.model.config.scale)
         wanted = None if selected is None else torch.from_numpy(selected).to(device)
@@ -308,9 +319,8 @@ class Engine:
         try:
             value = self._apply(control, item.lane)
         except StreamattnError as error:
-            return Outcome(
-                item.tag, (Fault(control.stream, control.request, "bad_input", str(error)[:512]),), error=error
-            )
+            code = "overloaded" if isinstance(error, OverloadError) else "bad_input"
+            return Outcome(item.tag, (Fault(control.stream, control.request, code, str(error)[:512]),), error=error)
         return Outcome(item.tag, (Reply(control.stream, control.epoch, control.request, value),))
 
     def _apply(self, control: Control, lane: int) -> int:
@@ -328,6 +338,8 @@ class Engine:
                 self.cache.rollback(lane, control.value)
             case "reset":
                 self.cache.reset(lane)
+            case "open":  # `offer` has opened it, or it was open before
+                pass
             case "close":
                 position = int(self.cache.position[lane])
                 self.scheduler.close(control.stream, self.clock())

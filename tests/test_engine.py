@@ -284,6 +284,33 @@ def test_controls_act_in_order_with_data() -> None:
     assert engine.streams == {}
 
 
+def test_what_follows_a_close_and_an_open_is_a_new_stream() -> None:
+    model = small_model()
+    engine = Engine(model, lanes=1)
+    ids, features = random_events(20)
+    engine.offer(Control("a", 0, "open", request=1), 1)
+    engine.offer(make_frame("a", 0, ids, features), 2)
+    engine.offer(Control("a", 0, "open", request=3), 3)
+    engine.offer(Control("a", 0, "close", request=4), 4)
+    engine.offer(make_frame("a", 20, ids, features), 5)
+    engine.offer(Control("a", 0, "open", request=6), 6)
+    engine.offer(make_frame("a", 40, ids, features), 7)  # the producer's numbers go on
+    outcomes = {o.tag: o for o in run_all(engine)}
+    replies = {tag: o.messages[0] for tag, o in outcomes.items() if o.messages and isinstance(o.messages[0], Reply)}
+    assert {tag: reply.value for tag, reply in replies.items() if isinstance(reply, Reply)} == {
+        1: 0,
+        3: 20,
+        4: 20,
+        6: 0,
+    }
+    assert (outcomes[5].reason, outcomes[5].messages) == ("closed", ())
+    first, again = (outcomes[tag].messages[0] for tag in (2, 7))
+    assert isinstance(first, Result)
+    assert isinstance(again, Result)
+    np.testing.assert_array_equal(first.heads["next"], again.heads["next"])
+    engine.scheduler.check_integrity()
+
+
 # --- AsyncEngine -----------------------------------------------------------------------------------------------------
 
 
