@@ -23,6 +23,7 @@ check: .venv/ready  ## ruff, pyright, import contracts
 
 bench: .venv/tape  ## the benchmarks that run on this machine
 	$(BIN)/python benchmarks/bench_catchup.py
+	$(BIN)/python benchmarks/bench_flow.py
 
 model: .venv/tape  ## train the shipped checkpoint again
 	$(BIN)/streamattn train --tape trades:emini --fraction 0.7 --mirror --out streamattn/models/emini

@@ -135,6 +135,20 @@ class StreamCache:
         for tensor in self._tensors():
             tensor[target].copy_(tensor[source])
 
+    def copy_lane_from(self, source: StreamCache, lane: int, rows: slice) -> None:
+        """Copy everything a lane of another cache holds into each of these rows. Exact for every part.
+
+        Raises:
+            ConfigError: the caches are not of one shape, dtype and device.
+        """
+        shapes = [
+            (c.patterns, c.kv_heads, c.head_dim, c.dtype, c.device, c.frequencies.tolist()) for c in (self, source)
+        ]
+        if shapes[0] != shapes[1]:
+            raise ConfigError("copy_lane_from: expected caches of one model and device, found two")
+        for target, tensor in zip(self._tensors(), source._tensors(), strict=True):
+            target[rows] = tensor[lane]
+
     def mark(self, lane: int, mark: int) -> None:
         """Copy the lane into spare row `mark` (0 … marks - 1)."""
         self.copy_lane(lane, self._spare(mark))
@@ -155,18 +169,27 @@ class StreamCache:
 
         A key that only a Kernel state holds is not resident.
         """
-        t = int(self.position[lane]) - 1
-        return 0 <= position <= t and all(self._resident(index, lane, position, t) for index in range(len(self.layers)))
+        return bool(self.resident_many([lane], [position])[0])
 
-    def _resident(self, layer: int, lane: int, position: int, t: int) -> bool:
-        pattern = self.patterns[layer]
-        if t - position < pattern.window:
-            return True
-        routes = self.route(pattern, torch.tensor([[position]], device=self.device), torch.tensor([lane]))
-        slot = int(routes.slot)
-        if slot < 0 or t >= int(routes.expire):
-            return False
-        return t < int(self.layers[layer].expire[lane, 0, slot])
+    def resident_many(self, lanes: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Return `resident` of many pairs of a lane and a position at once: [N] bool.
+
+        Args:
+            lanes: [N], any lane any number of times.
+            positions: [N]
+        """
+        rows, j = (torch.tensor(x, dtype=torch.int64, device=self.device) for x in (lanes, positions))
+        t = self.position[rows] - 1
+        seen = (j >= 0) & (j <= t)
+        for pattern, layer in zip(self.patterns, self.layers, strict=True):
+            in_window = t - j < pattern.window
+            if pattern.long_slots == 0 or bool(in_window.all()):
+                seen &= in_window
+                continue
+            slot, expire, _ = (x.squeeze(1) for x in self.route(pattern, j.unsqueeze(1), rows))
+            written = layer.expire[rows, 0, slot.clamp(min=0)]
+            seen &= in_window | ((slot >= 0) & (t < expire) & (t < written))
+        return seen
 
     def pin(self, lane: int, position: int) -> None:
         """Keep the key at `position` visible after it has left the window, until `unpin`.

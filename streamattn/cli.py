@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     import torch
 
     from streamattn.engine import Engine
+    from streamattn.evaluate import Score
     from streamattn.frame import Sink, Source
     from streamattn.model import ModelConfig
     from streamattn.runtime import Runtime
-    from streamattn.train import Score
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 errors = Console(stderr=True)
@@ -227,6 +227,13 @@ def train(
     ] = False,
     learning_rate: float = 3e-3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    head: Annotated[
+        list[str] | None, typer.Option(help="foretell this, too: gap or move, where the tapes have it; may be repeated")
+    ] = None,
+    horizon: Annotated[int, typer.Option(help="events that the head `move` looks ahead")] = 20,
+    jitter: Annotated[
+        float, typer.Option(help="disturb the features' levels, for use on another instrument; 1 is much")
+    ] = 0.0,
 ) -> None:
     """Fit a small model to recorded tapes and write a checkpoint. Deterministic for a seed and a version of PyTorch."""
     import torch
@@ -239,7 +246,7 @@ def train(
     torch.set_num_threads(1)  # small matrices: more threads are slower, and change the order of sums
     options = TrainOptions(
         fraction=fraction, layers=layers, width=width, window=window, first=first, epochs=epochs, mirror=mirror,
-        learning_rate=learning_rate, seed=seed,
+        learning_rate=learning_rate, seed=seed, heads=("next", *(head or ())), horizon=horizon, jitter=jitter,
     )  # fmt: skip
     tapes = {spec: load_tape(spec) for spec in tape}
     _check_folder(out)
@@ -267,20 +274,24 @@ def evaluate(
     start: Annotated[int | None, typer.Option(help="first event; default: what follows the trained part")] = None,
     stop: Annotated[int | None, typer.Option(help="event after the last; default: the tape's end")] = None,
     allow_overlap: Annotated[bool, typer.Option(help="score events that were trained on, too")] = False,
+    picture: Annotated[Path | None, typer.Option(help="draw the running bits per event into this file")] = None,
 ) -> None:
     """Score a model on a tape through the streaming engine, beside the parallel form and an online n-gram."""
     import torch
 
+    from streamattn.evaluate import draw_running
+    from streamattn.evaluate import evaluate as score
     from streamattn.tape import load_tape
-    from streamattn.train import evaluate as score
 
     torch.set_num_threads(1)
     checkpoint = _load(model)
     loaded = load_tape(tape)
     with contextlib.nullcontext() if json_output else _progress("scoring") as progress:
         found = score(checkpoint, loaded, start=start, stop=stop, allow_overlap=allow_overlap, progress=progress)
+    if picture is not None:
+        draw_running(found, picture, f"{loaded.name}: next event (lower is better)")
     if json_output:
-        typer.echo(json.dumps(asdict(found)))
+        typer.echo(json.dumps(found.to_dict()))
     else:
         _show_score(found)
 
@@ -293,8 +304,57 @@ def _show_score(score: Score) -> None:
     table.add_row(f"static n-gram (order {score.ngram_order})", f"{score.ngram_static_bits:.4f}")
     console = Console()
     console.print(table)
+    _show_classes("next event", score.classes, "online n-gram", console)
+    _show_calibration("next event", score.calibration, console)
+    for name, head in score.heads.items():
+        _show_head(name, head, console)
     for note in score.notes:
         console.print(note, markup=False)
+
+
+def _show_classes(title: str, classes: list[dict[str, Any]], rival: str, console: Console) -> None:
+    table = Table(title=f"{title}: by class (* loses to the {rival})")
+    for column in ("class", "events", "bits", rival, "recall", "precision"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    for row in classes:
+        loses = " *" if row["bits"] > row["rival_bits"] else ""
+        precision = "never said" if row["precision"] is None else f"{row['precision']:.1%}"
+        numbers = f"{row['count']:,}", f"{row['bits']:.3f}{loses}", f"{row['rival_bits']:.3f}", f"{row['recall']:.1%}"
+        table.add_row(row["name"], *numbers, precision)
+    console.print(table)
+
+
+def _show_calibration(title: str, calibration: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"{title}: calibration of the likeliest class, expected error {calibration['error']:.4f}")
+    for column in ("stated chance", "events", "mean stated", "came true"):
+        table.add_column(column, justify="right")
+    for row in calibration["table"]:
+        bounds = f"{row['low']:.1f} to {row['high']:.1f}"
+        table.add_row(bounds, f"{row['count']:,}", f"{row['stated']:.3f}", f"{row['found']:.3f}")
+    console.print(table)
+
+
+def _show_head(name: str, head: dict[str, Any], console: Console) -> None:
+    loss, unit = ("pinball", head["unit"]) if "pinball" in head else ("bits", f"{head['horizon']} events ahead")
+    table = Table(title=f"{name} ({unit}): {head['events']:,} events", show_header=False)
+    if not head["events"]:
+        console.print(table)
+        return
+    table.add_row("streaming engine", f"{head[loss]:.4f} {loss}")
+    for rival, value in head["rivals"].items():
+        table.add_row(rival.replace("_", " "), f"{value:.4f}" + ("  (better)" if value < head[loss] else ""))
+    if loss == "pinball":
+        for row in zip(head["levels"], head["coverage"], head["level_pinball"], head["level_rival"], strict=True):
+            table.add_row(f"  quantile {row[0]:.2f}", f"{row[1]:.3f} below it; {row[2]:.4f}, online {row[3]:.4f}")
+    else:
+        table.add_row("accuracy", f"{head['accuracy']:.1%}")
+        for rival, value in head["rival_accuracy"].items():
+            worse = "  (better)" if value > head["accuracy"] else ""
+            table.add_row(f"  of {rival.replace('_', ' ')}", f"{value:.1%}{worse}")
+    console.print(table)
+    if loss == "bits":
+        _show_classes(name, head["classes"], "online frequencies", console)
+        _show_calibration(name, head["calibration"], console)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """Tapes: recorded event streams read from files, as the token ids and features that a model takes.
 
 `load_tape("CODEC:PATH")` returns a `Tape`; its `FeatureSchema` says what the columns mean, is stored in checkpoints,
-and keeps a model from being fed with another codec's columns. The codec `trades`:
+and keeps a model from being fed with another codec's columns. The codecs are `trades`, below, `lobster` (order-book
+events, see `streamattn.lobster`) and `csv` (a file with a schema of its own, see `streamattn.csv_tape`). The codec
+`trades`:
 
 **File.** CSV with a header line. Of the columns, the first whose name (case and spaces aside) is one of these is
 used:
@@ -45,9 +47,9 @@ import hashlib
 import importlib.metadata
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -56,7 +58,6 @@ from streamattn.errors import ConfigError
 TRADE_SYMBOLS = ("down", "flat", "up")
 TRADE_FEATURES = ("gap", "volume", "trades", "move", "range", "side", "standing_volume", "standing_time", "drift")
 _TRADES_VERSION = 1
-_SIGNED = {"trades": {"move", "side", "drift"}}  # features of a codec that change sign when up and down are exchanged
 
 _EMINI_PACKAGE = "mlfinpy"
 _EMINI_VERSION = "0.1.2"
@@ -144,6 +145,8 @@ class Tape:
         event_ns: [N] int64, time of each event in nanoseconds since 1970, never falling.
         ids: [N] int32, index into `schema.symbols`.
         features: [N, d] float32, one column for each of `schema.features`, not yet normalised.
+        targets: name -> [N] float64: series that a model may be asked to foretell, and is never fed. Known are `mid`,
+            the middle price after each event; NaN where there is none.
 
     Raises:
         ConfigError: a column of another shape or dtype.
@@ -154,6 +157,7 @@ class Tape:
     event_ns: np.ndarray
     ids: np.ndarray
     features: np.ndarray
+    targets: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -162,8 +166,12 @@ class Tape:
             "ids": ((n,), np.int32),
             "features": ((n, len(self.schema.features)), np.float32),
         }
+        columns = {name: getattr(self, name) for name in expected}
+        for name, column in self.targets.items():
+            expected[f"targets[{name!r}]"] = (n,), np.float64
+            columns[f"targets[{name!r}]"] = column
         for name, (shape, dtype) in expected.items():
-            column = getattr(self, name)
+            column = columns[name]
             if column.shape != shape or column.dtype != dtype:
                 wanted, found = f"{list(shape)} {np.dtype(dtype)}", f"{list(column.shape)} {column.dtype}"
                 raise ConfigError(f"tape {self.name}: {name}: expected {wanted}, found {found}")
@@ -180,7 +188,24 @@ class Tape:
         if not 0 <= start <= stop <= len(self):
             raise ConfigError(f"slice: expected 0 <= start <= stop <= {len(self)}, found {start} and {stop}")
         part = slice(start, stop)
-        return Tape(self.name, self.schema, self.event_ns[part], self.ids[part], self.features[part])
+        targets = {name: column[part] for name, column in self.targets.items()}
+        return Tape(self.name, self.schema, self.event_ns[part], self.ids[part], self.features[part], targets)
+
+
+def fingerprint(tape: Tape) -> str:
+    """Return a hash of a tape's events: times and ids."""
+    digest = hashlib.sha256(np.ascontiguousarray(tape.event_ns, "<i8").tobytes())
+    digest.update(np.ascontiguousarray(tape.ids, "<i4").tobytes())
+    return digest.hexdigest()
+
+
+class Mirror(NamedTuple):
+    """What becomes of a codec's columns when up and down, or buyers and sellers, are exchanged."""
+
+    symbols: tuple[int, ...]  # id -> id
+    features: tuple[int, ...]  # column -> the column it is taken from
+    signs: tuple[float, ...]  # by column, after that
+    negated_targets: tuple[str, ...] = ()
 
 
 def mirrored(tape: Tape) -> Tape:
@@ -189,12 +214,14 @@ def mirrored(tape: Tape) -> Tape:
     Raises:
         ConfigError: the codec has no such symmetry.
     """
-    signed = _SIGNED.get(tape.schema.codec)
-    if signed is None:
-        raise ConfigError(f"mirror: expected a tape of {' or '.join(_SIGNED)}, found one of {tape.schema.codec}")
-    signs = np.array([-1.0 if name in signed else 1.0 for name in tape.schema.features], np.float32)
-    ids = (len(tape.schema.symbols) - 1 - tape.ids).astype(np.int32)
-    return Tape(f"{tape.name} mirrored", tape.schema, tape.event_ns, ids, tape.features * signs)
+    make = _MIRRORS.get(tape.schema.codec)
+    if make is None:
+        raise ConfigError(f"mirror: expected a tape of {' or '.join(_MIRRORS)}, found one of {tape.schema.codec}")
+    mirror = make()
+    ids = np.array(mirror.symbols, np.int32)[tape.ids]
+    features = tape.features[:, list(mirror.features)] * np.array(mirror.signs, np.float32)
+    targets = {name: -x if name in mirror.negated_targets else x for name, x in tape.targets.items()}
+    return Tape(f"{tape.name} mirrored", tape.schema, tape.event_ns, ids, features, targets)
 
 
 def load_tape(spec: str) -> Tape:
@@ -221,7 +248,31 @@ def _load_trades(path: str) -> Tape:
     return Tape("emini" if path == "emini" else file.stem, schema, event_ns, ids, features)
 
 
-_CODECS: dict[str, Callable[[str], Tape]] = {"trades": _load_trades}
+def _trades_mirror() -> Mirror:
+    signs = tuple(-1.0 if name in ("move", "side", "drift") else 1.0 for name in TRADE_FEATURES)
+    return Mirror((2, 1, 0), tuple(range(len(TRADE_FEATURES))), signs)
+
+
+def _load_lobster(path: str) -> Tape:
+    from streamattn.lobster import lobster_tape  # here, as it imports this module
+
+    return lobster_tape(path)
+
+
+def _lobster_mirror() -> Mirror:
+    from streamattn.lobster import lobster_mirror
+
+    return lobster_mirror()
+
+
+def _load_csv(path: str) -> Tape:
+    from streamattn.csv_tape import csv_tape
+
+    return csv_tape(path)
+
+
+_CODECS: dict[str, Callable[[str], Tape]] = {"trades": _load_trades, "lobster": _load_lobster, "csv": _load_csv}
+_MIRRORS: dict[str, Callable[[], Mirror]] = {"trades": _trades_mirror, "lobster": _lobster_mirror}
 
 
 def _emini_file() -> Path:
@@ -252,19 +303,19 @@ def _read_trades(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             time_at, price_at, volume_at = (_column(file, header, name) for name in _COLUMNS)
             for row in rows:
                 if len(row) != len(header):
-                    raise _bad_row(file, len(times), f"{len(header)} columns", str(len(row)))
+                    raise bad_row(file, len(times), f"{len(header)} columns", str(len(row)))
                 times.append(row[time_at])
-                prices.append(_number(file, len(prices), "price", row[price_at]))
-                volumes.append(_number(file, len(volumes), "volume", row[volume_at]))
+                prices.append(parse_number(file, len(prices), "price", row[price_at]))
+                volumes.append(parse_number(file, len(volumes), "volume", row[volume_at]))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{file}: expected a readable CSV file, found: {error}") from None
     if not times:
         raise ConfigError(f"{file}: expected at least one trade, found none")
-    time_ns, price, volume = _parse_times(file, times), np.array(prices), np.array(volumes)
-    _check_all(file, np.isfinite(price), "a finite price", price)
-    _check_all(file, np.isfinite(volume) & (volume >= 0), "a volume of 0 or more", volume)
+    time_ns, price, volume = parse_times(file, times), np.array(prices), np.array(volumes)
+    check_rows(file, np.isfinite(price), "a finite price", price)
+    check_rows(file, np.isfinite(volume) & (volume >= 0), "a volume of 0 or more", volume)
     forward = np.diff(time_ns, prepend=time_ns[:1]) >= 0
-    _check_all(file, forward, "a time not before the line above", np.array(times))
+    check_rows(file, forward, "a time not before the line above", np.array(times))
     return time_ns, price, volume
 
 
@@ -275,29 +326,33 @@ def _column(file: Path, header: list[str], name: str) -> int:
     raise ConfigError(f"{file}: line 1: expected a column {' or '.join(_COLUMNS[name])}, found {header}")
 
 
-def _number(file: Path, row: int, name: str, text: str) -> float:
+def parse_number(file: Path, row: int, name: str, text: str) -> float:
+    """Return the number of a cell."""
     try:
         return float(text)
     except ValueError:
-        raise _bad_row(file, row, f"a number as {name}", repr(text)) from None
+        raise bad_row(file, row, f"a number as {name}", repr(text)) from None
 
 
-def _bad_row(file: Path, row: int, expected: str, found: str) -> ConfigError:
+def bad_row(file: Path, row: int, expected: str, found: str) -> ConfigError:
+    """Return the error of row `row`, counted from 0 after the header."""
     return ConfigError(f"{file}: line {row + 2}: expected {expected}, found {found}")  # line 1 is the header
 
 
-def _check_all(file: Path, good: np.ndarray, expected: str, values: np.ndarray) -> None:
+def check_rows(file: Path, good: np.ndarray, expected: str, values: np.ndarray) -> None:
+    """Check that `good` [N] bool holds in every row; the error names the first where it does not, and its value."""
     if not good.all():
         row = int(np.argmin(good))
-        raise _bad_row(file, row, expected, str(values[row]))
+        raise bad_row(file, row, expected, str(values[row]))
 
 
-def _parse_times(file: Path, times: list[str]) -> np.ndarray:
+def parse_times(file: Path, times: list[str]) -> np.ndarray:
+    """Return ISO 8601 times without a zone as nanoseconds since 1970: [N] int64."""
     expected = "a time like 2013-09-01 17:00:00.083, without a zone"
     # numpy would read "1378054800" and "today" as dates too, and wrap years that do not fit into 64 bits.
     for row, text in enumerate(times):
         if not (text[4:5] == "-" and "1700" <= text[:4] <= "2200"):
-            raise _bad_row(file, row, expected, repr(text))
+            raise bad_row(file, row, expected, repr(text))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # numpy warns of zones and goes on
         try:
@@ -307,7 +362,7 @@ def _parse_times(file: Path, times: list[str]) -> np.ndarray:
                 try:
                     np.datetime64(text, "ns")
                 except (ValueError, UserWarning, DeprecationWarning):
-                    raise _bad_row(file, row, expected, repr(text)) from None
+                    raise bad_row(file, row, expected, repr(text)) from None
             raise
 
 

@@ -30,6 +30,10 @@ CLAIMS = {
         ["--epochs", "1"],
         r"made up .*in a temporary folder\n(.*\n)+  streaming engine  \d\.\d+ bits per event\n",
     ),
+    "05_order_flow.py": (
+        ["--branches", "20", "--steps", "12"],
+        r"12 events of each branch in .* s; 100 live events answered since\n(.*\n)+ +12 ( +[+-]\d+){3} +\d\.\d\d",
+    ),
 }
 
 

@@ -283,5 +283,20 @@ def test_a_mirrored_tape_is_the_tape_of_mirrored_prices() -> None:
     found = mirrored(tape)
     np.testing.assert_array_equal(found.ids, wanted.ids)
     np.testing.assert_allclose(found.features, wanted.features, rtol=0, atol=1e-4)
-    with pytest.raises(ConfigError, match="mirror: expected a tape of trades, found one of other"):
+    with pytest.raises(ConfigError, match="mirror: expected a tape of trades or lobster, found one of other"):
         mirrored(Tape("t", dataclasses.replace(schema, codec="other"), tape.event_ns, tape.ids, tape.features))
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_checked_and_sliced() -> None:
+    n = 4
+    columns = np.arange(n, dtype=np.int64), np.zeros(n, np.int32), np.zeros((n, 3), np.float32)
+    mid = np.array([1.0, 2.0, np.nan, 4.0])
+    tape = Tape("t", SCHEMA, *columns, targets={"mid": mid})
+    np.testing.assert_array_equal(tape.slice(1, 3).targets["mid"], mid[1:3])
+    with pytest.raises(ConfigError, match=r"targets\['mid'\]: expected \[4\] float64, found \[3\] float64"):
+        Tape("t", SCHEMA, *columns, targets={"mid": mid[:3]})
+    with pytest.raises(ConfigError, match=r"targets\['mid'\]: expected \[4\] float64, found \[4\] float32"):
+        Tape("t", SCHEMA, *columns, targets={"mid": mid.astype(np.float32)})
