@@ -25,7 +25,7 @@ from streamattn.connectors.mqtt import MqttSink, MqttSource
 from streamattn.connectors.zeromq import ZmqSink, ZmqSource
 from streamattn.frame import Delivery, Frame, Heartbeat, Message, Sink, Source, encode
 
-DEADLINE = 15.0  # seconds; reached only when something is broken
+DEADLINE = 60.0  # seconds until something that should have happened counts as hung; nothing is timed
 SYNC = "sync"  # stream that tells a rig that its subscription is in force
 
 Item = Message | bytes
