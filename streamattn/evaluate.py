@@ -182,7 +182,9 @@ def _counted(
     if trained:
         return [tape.slice(0, min(max(t["stop"] for t in trained), first))], []
     tapes, notes = [], []
-    entries = {t["fingerprint"]: t for t in checkpoint.training.get("tapes", [])}  # the same events only once
+    entries: dict[str, dict[str, Any]] = {}
+    for entry in checkpoint.training.get("tapes", []):
+        entries.setdefault(entry["fingerprint"], entry)  # the same events count only once, as they were given first
     for entry in entries.values():
         try:
             tapes.append(load_tape(entry["spec"]).slice(entry["start"], entry["stop"]))
