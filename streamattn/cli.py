@@ -232,8 +232,12 @@ def train(
     ] = None,
     horizon: Annotated[int, typer.Option(help="events that the head `move` looks ahead")] = 20,
     jitter: Annotated[
-        float, typer.Option(help="disturb the features' levels, for use on another instrument; 1 is much")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="disturb the features' levels, for use on another instrument; 1 is much [default: 1.5 for several "
+            "tapes, else 0]"
+        ),
+    ] = None,
 ) -> None:
     """Fit a small model to recorded tapes and write a checkpoint. Deterministic for a seed and a version of PyTorch."""
     import torch
@@ -244,6 +248,8 @@ def train(
     from streamattn.train import train as fit
 
     torch.set_num_threads(1)  # small matrices: more threads are slower, and change the order of sums
+    if jitter is None:  # who trains on several instruments wants to use the model on others
+        jitter = 1.5 if len(tape) > 1 else 0.0
     options = TrainOptions(
         fraction=fraction, layers=layers, width=width, window=window, first=first, epochs=epochs, mirror=mirror,
         learning_rate=learning_rate, seed=seed, heads=("next", *(head or ())), horizon=horizon, jitter=jitter,
